@@ -35,7 +35,12 @@ def to_json(config) -> str:
 
 
 def from_json(cls: type, text: str, where: str = "config"):
-    return from_dict(cls, json.loads(text), where)
+    """The configuration that ``to_json`` wrote; raises ConfigError as ``from_dict`` does, and where it is not JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    return from_dict(cls, value, where)
 
 
 def from_dict(hint, value, where: str = "config"):
@@ -126,7 +131,7 @@ def _override(config, path: list[str], text: str, hint, where: str):
         if head not in names and not (head.isdigit() and int(head) < len(config)):
             raise ConfigError(f"{where} is unknown: the items are {', '.join(names)}")
         index = names.index(head) if head in names else int(head)
-        args = get_args(hint)
+        args = get_args(_tuple_option(hint))
         item_hint = args[0] if len(args) == 2 and args[1] is Ellipsis else args[index]
         current = config[index]
         new = _override(current, rest, text, item_hint, where) if rest else _parse(item_hint, text, where)
@@ -146,26 +151,33 @@ def _parse(hint, text: str, where: str):
     for option in options:
         if dataclasses.is_dataclass(option) and option.__name__ == text:
             return from_dict(option, {}, where)
+    many = _tuple_option(hint)
+    # What looks like a number may still be meant as text, or as one item of a tuple.
+    maybe_text = many is not None or any(option is str or get_origin(option) is Literal for option in options)
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         try:
             return from_dict(hint, value, where)
         except ConfigError:
-            if str not in options and not any(get_origin(option) is tuple for option in options):
+            if not maybe_text:
                 raise
-    if any(get_origin(option) is tuple for option in options):
-        return from_dict(hint, [_literal(item.strip()) for item in text.split(",") if item.strip()], where)
-    return from_dict(hint, text, where)
+    if many is None:
+        return from_dict(hint, text, where)
+    items, args = [item.strip() for item in text.strip("()[]").split(",") if item.strip()], get_args(many)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = args[:1] * len(items)
+    if len(args) != len(items):
+        raise ConfigError(f"{where} must have {len(args)} items, got {len(items)}")
+    return tuple(_parse(arg, item, f"{where}.{i}") for i, (arg, item) in enumerate(zip(args, items, strict=True)))
 
 
-def _literal(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _tuple_option(hint):
+    """The tuple type that ``hint`` is or allows, or None."""
+    options = get_args(hint) if _is_union(hint) else (hint,)
+    return next((option for option in options if get_origin(option) is tuple), None)
 
 
 def _scalar(hint, value, where: str):
