@@ -1,0 +1,200 @@
+"""The public functions: argument checks, segments, and the choice of an implementation."""
+
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from research.axes import Array, Float, Int
+from research.ops.linear_attention import segments
+from research.ops.linear_attention.chunked import chunked
+from research.ops.linear_attention.quadratic import quadratic
+from research.ops.linear_attention.recurrent import recurrent, step
+
+_KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
+IMPLEMENTATIONS = ("recurrent", "quadratic", "chunked", *_KERNELS)
+
+
+def linear_attention(
+    q_BTGK: Float[Array, "B T G K"],
+    k_BTGK: Float[Array, "B T G K"],
+    v_BTHV: Float[Array, "B T H V"],
+    *,
+    log_decay: Float[Array, "..."] | None = None,
+    beta: Float[Array, "B T H"] | None = None,
+    scale: float = 1.0,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Run the linear recurrence over a sequence.
+
+    For each value head, with state S [K, V], decay first, then write, then read:
+    ``S ← e^g S;  u = v or β (v − Sᵀk);  S ← S + k uᵀ;  o = scale · Sᵀ q``.
+
+    Args:
+      q_BTGK, k_BTGK: queries and keys of G key heads; G divides H and value head i reads key head i // (H // G).
+      v_BTHV: values of H heads.
+      log_decay: g ≤ 0 (natural logarithm a token): None, [H], [B, T, H] or [B, T, H, K]. −inf erases.
+      beta: write strength of the delta rule, [B, T, H]; None writes additively.
+      scale: multiplies the output.
+      initial_state: [B, H, K, V], zeros when None. It belongs to the row's first segment.
+      segment_ids: [B, T]. A token whose id differs from the last non-zero id before it starts from a zero state. Id 0 is
+        padding, anywhere: it outputs 0 and touches nothing, whatever its values.
+      implementation: 'recurrent', 'quadratic', 'chunked' or a 'pallas_*' name; never falls back. None chooses for the
+        platform when the call is lowered.
+      chunk_size: tokens a chunk, a power of two; None is the tuned size. Only for chunked implementations.
+
+    Returns:
+      o_BTHV in v's dtype, and the state after the last real token, [B, H, K, V] in promote_types(input, float32).
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation.
+      NotImplementedError: the named implementation cannot serve the call.
+
+    Sources: Katharopoulos et al. 2020 (linear attention); Dao and Gu 2024 (Mamba-2); Yang et al. 2023 (GLA); Yang et al.
+    2024 (DeltaNet, Gated DeltaNet); Kimi Team 2025 (KDA).
+    """
+    check_arguments(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids)
+    check_implementation(implementation, chunk_size)
+    scale = check_scale(scale)
+    B, T, H, V = v_BTHV.shape
+    K = k_BTGK.shape[-1]
+    dtype = _state_dtype(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state)
+    if initial_state is None:
+        state_BHKV = jnp.zeros((B, H, K, V), dtype)
+    else:
+        state_BHKV = initial_state.astype(dtype)
+    g = None if log_decay is None else log_decay.astype(dtype)
+    beta_BTH = None if beta is None else beta.astype(dtype)
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, (B, T, H))
+    real_BT = None
+    if segment_ids is not None:
+        real_BT, reset_BT = segments.real_and_reset(segment_ids)
+        g = segments.gates(real_BT, reset_BT, jnp.zeros((B, T, H), dtype) if g is None else g)
+        q_BTGK, k_BTGK, v_BTHV = (segments.select(real_BT, x) for x in (q_BTGK, k_BTGK, v_BTHV))
+        beta_BTH = None if beta_BTH is None else segments.select(real_BT, beta_BTH)
+    run = functools.partial(_run, implementation, scale, chunk_size)
+    o_BTHV, state_BHKV = run(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV)
+    if real_BT is not None:
+        o_BTHV = segments.select(real_BT, o_BTHV)
+    return o_BTHV, state_BHKV
+
+
+def linear_attention_step(
+    q_BGK: Float[Array, "B G K"],
+    k_BGK: Float[Array, "B G K"],
+    v_BHV: Float[Array, "B H V"],
+    state_BHKV: Float[Array, "B H K V"],
+    *,
+    log_decay: Float[Array, "..."] | None = None,
+    beta: Float[Array, "B H"] | None = None,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """Run the recurrence of ``linear_attention`` for one token: decoding, in constant memory a token.
+
+    Args:
+      q_BGK, k_BGK, v_BHV: the token. state_BHKV: the state before it.
+      log_decay: None, [H], [B, H] or [B, H, K]. beta: None or [B, H]. scale: multiplies the output.
+      implementation: None or 'recurrent', or a 'pallas_*' name.
+
+    Returns:
+      o_BHV in v's dtype and the new state in promote_types(input, float32).
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown implementation.
+      NotImplementedError: the named implementation has no step.
+    """
+    check_implementation(implementation, None)
+    if implementation in ("quadratic", "chunked"):
+        raise NotImplementedError(f"implementation={implementation!r} has no step: one token is 'recurrent'")
+    scale = check_scale(scale)
+    one = lambda x: None if x is None else jnp.expand_dims(x, 1)  # noqa: E731
+    log_decay_T = log_decay if log_decay is None or log_decay.ndim == 1 else one(log_decay)
+    check_arguments(one(q_BGK), one(k_BGK), one(v_BHV), log_decay_T, one(beta), state_BHKV, None)
+    dtype = _state_dtype(q_BGK, k_BGK, v_BHV, log_decay, beta, state_BHKV)
+    g_BH = log_decay
+    if g_BH is not None and g_BH.ndim == 1:
+        g_BH = jnp.broadcast_to(g_BH, v_BHV.shape[:2])
+    cast = lambda x: None if x is None else x.astype(dtype)  # noqa: E731
+    o_BHV, new_BHKV = step(cast(q_BGK), cast(k_BGK), cast(v_BHV), cast(g_BH), cast(beta), cast(state_BHKV), scale)
+    return o_BHV.astype(v_BHV.dtype), new_BHKV
+
+
+def _run(implementation, scale, chunk_size, *arrays):
+    if implementation == "recurrent":
+        return recurrent(*arrays, scale)
+    if implementation == "quadratic":
+        return quadratic(*arrays, scale)
+    T = arrays[2].shape[1]
+    C = min(chunk_size or 64, 1 << (T - 1).bit_length())
+    default = lambda *a: chunked(*a, scale, C)  # noqa: E731
+    return default(*arrays) if implementation == "chunked" else jax.lax.platform_dependent(*arrays, default=default)
+
+
+def _state_dtype(*arrays):
+    return jnp.promote_types(jnp.result_type(*(x for x in arrays if x is not None)), jnp.float32)
+
+
+def check_scale(scale) -> float:
+    """``scale`` as a float; a traced value is refused (multiply q by it instead)."""
+    if not isinstance(scale, numbers.Real):
+        raise ValueError(f"scale must be a Python number, got {type(scale).__name__}; multiply q by an array instead")
+    return float(scale)
+
+
+def check_implementation(implementation, chunk_size) -> None:
+    """Refuse unknown names, kernels that do not exist, and chunk sizes that cannot be honoured."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if implementation in _KERNELS:
+        raise NotImplementedError(f"implementation={implementation!r}: linear_attention has no kernel for it yet")
+    if chunk_size is None:
+        return
+    if implementation in ("recurrent", "quadratic"):
+        raise NotImplementedError(f"implementation={implementation!r} has no chunks; got chunk_size={chunk_size}")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be None or a positive power of two, got {chunk_size!r}")
+    if chunk_size & (chunk_size - 1):
+        raise NotImplementedError(f"implementation='chunked' needs chunk_size to be a power of two, got {chunk_size}")
+
+
+def check_arguments(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids) -> None:
+    """Name the argument whose shape does not fit, what it was and what it must be."""
+    for name, x, axes in (("q", q_BTGK, "[B, T, G, K]"), ("k", k_BTGK, "[B, T, G, K]"), ("v", v_BTHV, "[B, T, H, V]")):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be {axes}, got shape {x.shape}")
+    if q_BTGK.shape != k_BTGK.shape:
+        raise ValueError(f"q and k must have one shape, got {q_BTGK.shape} and {k_BTGK.shape}")
+    B, T, H, V = v_BTHV.shape
+    G, K = k_BTGK.shape[2:]
+    if k_BTGK.shape[:2] != (B, T):
+        raise ValueError(
+            f"v must be [B, T, H, V] with k's B={k_BTGK.shape[0]} and T={k_BTGK.shape[1]}, got {v_BTHV.shape}"
+        )
+    if T < 1:
+        raise ValueError(f"T must be at least 1, got shape {v_BTHV.shape} for v")
+    if G < 1 or H % G:
+        raise ValueError(f"the number of key heads G={G} must divide the number of value heads H={H}")
+    allowed = [(H,), (B, T, H), (B, T, H, K)]
+    if log_decay is not None and log_decay.shape not in allowed:
+        raise ValueError(
+            f"log_decay must be [H]={allowed[0]}, [B, T, H]={allowed[1]} or [B, T, H, K]={allowed[2]}, "
+            f"got shape {log_decay.shape}"
+        )
+    for name, x, shape in (
+        ("beta", beta, (B, T, H)),
+        ("initial_state", initial_state, (B, H, K, V)),
+        ("segment_ids", segment_ids, (B, T)),
+    ):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
+    for name, x in (("q", q_BTGK), ("k", k_BTGK), ("v", v_BTHV), ("log_decay", log_decay), ("beta", beta)):
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}")
