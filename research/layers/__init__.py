@@ -1,0 +1,11 @@
+"""Thin Flax modules over the ops, one file a mechanism.
+
+Modules are NNX in tree mode: stateless pytrees, transformed with ``jax.*`` only. Every mixer has a frozen configuration
+with ``build(width, depth=…, rngs=…, param_dtype=…)`` and is called as ``(x_BTD, state, context) -> (y_BTD, state, aux)``:
+state in is state out (``None`` stays ``None``), and ``init_state(batch, max_length, dtype)`` makes an empty one.
+"""
+
+from flax import nnx
+
+nnx.set_graph_mode(False)
+nnx.set_graph_updates(False)

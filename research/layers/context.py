@@ -1,0 +1,29 @@
+"""What every layer of a call may read beside its own input."""
+
+import dataclasses
+
+import jax
+
+from research.axes import Array, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Facts of one call.
+
+    Attributes:
+      positions_BT: place of each token in its document, from 0.
+      segment_ids_BT: document of each token; 0 is padding; None is one document a row.
+      token_ids_BT: the tokens themselves (hash routing reads them).
+      cached_B: tokens each row's cache already holds; None without a cache.
+      key: for layers that draw at random; None where the call is deterministic.
+      deterministic: no layer may draw at random or use training-only behaviour.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segment_ids_BT: Int[Array, "B T"] | None = None
+    token_ids_BT: Int[Array, "B T"] | None = None
+    cached_B: Int[Array, " B"] | None = None
+    key: Array | None = None
+    deterministic: bool = dataclasses.field(default=True, metadata={"static": True})

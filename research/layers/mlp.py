@@ -1,0 +1,40 @@
+"""The gated feed-forward layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.layers.context import Context
+from research.layers.parameters import normal, read
+from research.sharding.mesh import P
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """SwiGLU: ``(silu(x W_gate) · x W_up) W_down`` (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
+    hidden: int = 512
+
+    def __post_init__(self):
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
+
+    def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "MLP":
+        return MLP(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: MLPConfig, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
+        D, F = width, config.hidden
+        # Gate and up side by side: one product reads x once.
+        self.w_in_DF = normal(rngs, (D, 2 * F), param_dtype, P("fsdp", None), fan_in=D)
+        self.w_out_FD = normal(rngs, (F, D), param_dtype, P(None, "fsdp"), fan_in=F, gain=depth**-0.5)
+
+    def __call__(self, x_BTD, state=None, context: Context | None = None):
+        gate_BTF, up_BTF = jnp.split(x_BTD @ read(self.w_in_DF, x_BTD.dtype), 2, axis=-1)
+        return (jax.nn.silu(gate_BTF) * up_BTF) @ read(self.w_out_FD, x_BTD.dtype), state, None
+
+    def init_state(self, batch: int, max_length: int, dtype):
+        return None

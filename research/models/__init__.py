@@ -1,0 +1,1 @@
+"""Language models: an embedding, stages of residual branches scanned over their repeats, and a head."""

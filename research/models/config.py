@@ -1,0 +1,86 @@
+"""What a language model is made of."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from research.layers.attention import AttentionConfig
+from research.layers.gated_deltanet import GatedDeltaNetConfig
+from research.layers.mlp import MLPConfig
+from research.layers.moe import MoEConfig
+from research.layers.norms import RMSNormConfig
+
+# Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
+Mixer = GatedDeltaNetConfig | AttentionConfig | MoEConfig | MLPConfig
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """One residual branch: ``skip_scale · skip + branch_scale · post_norm(mixer(pre_norm(x)))``.
+
+    ``skip`` is the branch's input, or that input after ``pre_norm`` (MiniMax).
+    """
+
+    name: str
+    mixer: Mixer
+    pre_norm: RMSNormConfig | None = RMSNormConfig()
+    post_norm: RMSNormConfig | None = None
+    skip: Literal["input", "normed"] = "input"
+    skip_scale: float = 1.0
+    branch_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A language model: its layers are ``pattern`` (names of ``branches``), ``repeats`` times over.
+
+    Any list of layers is legal; it is factorised into stages that are compiled once each.
+
+    Attributes:
+      vocab_size: tokens the model reads and predicts.
+      width: of the residual stream.
+      branches: each distinct residual branch, by name.
+      pattern: branch names in the order they run.
+      repeats: how often the pattern runs.
+      final_norm: before the head.
+      tie_embeddings: the head reads with the embedding's own matrix.
+      dtype: computed in. Routers, states and losses stay in float32.
+      param_dtype: parameters are stored in.
+      remat: recompute each unit in the backward pass instead of storing its activations.
+    """
+
+    vocab_size: int
+    width: int
+    branches: tuple[Residual, ...]
+    pattern: tuple[str, ...]
+    repeats: int = 1
+    final_norm: RMSNormConfig = RMSNormConfig()
+    tie_embeddings: bool = False
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        names = [branch.name for branch in self.branches]
+        if len(set(names)) != len(names):
+            raise ValueError(f"branches must have distinct names, got {', '.join(names)}")
+        unknown = [name for name in self.pattern if name not in names]
+        if unknown:
+            raise ValueError(f"pattern names {unknown[0]!r}, which is no branch: the branches are {', '.join(names)}")
+        for field in ("vocab_size", "width", "repeats"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not self.pattern:
+            raise ValueError("pattern must name at least one branch, got none")
+
+    @property
+    def layers(self) -> tuple[Residual, ...]:
+        """Every residual branch in the order it runs."""
+        branches = {branch.name: branch for branch in self.branches}
+        return tuple(branches[name] for name in self.pattern * self.repeats)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)

@@ -1,0 +1,123 @@
+"""The language model: tokens in, logits, cache and auxiliaries out."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.axes import Array, Float, Int
+from research.layers.context import Context
+from research.layers.parameters import normal, read
+from research.models.config import ModelConfig
+from research.models.stages import build_stage, factorise, init_states, run_stage
+from research.ops.linear_attention.segments import real_and_reset
+from research.sharding.mesh import P, batch_sharded
+
+
+class Cache(NamedTuple):
+    """What a model remembers of its rows: tokens seen, and every layer's state (stacked over repeats, by stage)."""
+
+    length_B: Int[Array, " B"]
+    stages: tuple[Any, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Logits, the cache after the call (None without one), and each stage's auxiliaries, stacked over repeats."""
+
+    logits_BTV: Float[Array, "B T V"]
+    cache: Cache | None
+    aux: tuple[Any, ...]
+
+
+class LanguageModel(nnx.Module):
+    """A model of ``config``; a stateless pytree: pass it through ``jax.jit`` like any array."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, V, dtype = config.width, config.vocab_size, jnp.dtype(config.param_dtype)
+        self.config = config
+        self.plan = factorise(config.layers)
+        # Unit entries for the residual stream; unit rows where the head shares them, so that logits start of order one.
+        self.embedding_VD = normal(rngs, (V, D), dtype, P(None, "fsdp"), fan_in=D if config.tie_embeddings else 1)
+        depth = len(config.layers)
+        self.stages = nnx.List(
+            [build_stage(stage, D, depth=depth, rngs=rngs, param_dtype=dtype) for stage in self.plan]
+        )
+        self.final_norm = config.final_norm.build(D, param_dtype=dtype)
+        self.head_DV = None if config.tie_embeddings else normal(rngs, (D, V), dtype, P("fsdp", None), fan_in=D)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        key: Array | None = None,
+    ) -> Output:
+        """Logits of the next token at every place.
+
+        Args:
+          tokens_BT: token ids.
+          segment_ids: document of each token, 0 for padding; None is one document a row. With a cache every row is one
+            right-padded document, ids 1 then 0.
+          positions: place of each token in its document; restarts at each segment, or continues from the cache, if None.
+          cache: from ``init_cache`` or an earlier call; the call then reads and extends it.
+          key: for layers that draw at random while training; None is deterministic.
+        """
+        x_BTD, cache, aux = self.hidden(tokens_BT, segment_ids, positions, cache, key=key)
+        return Output(self.logits(x_BTD), cache, aux)
+
+    def hidden(self, tokens_BT, segment_ids=None, positions=None, cache: Cache | None = None, *, key=None):
+        """The normalised last hidden states [B, T, D] with the cache and auxiliaries (see ``__call__``)."""
+        cached_B = None if cache is None else cache.length_B
+        positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
+        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, deterministic=key is None)
+        table_VD = read(self.embedding_VD, self.config.compute_dtype)
+        x_BTD = batch_sharded(jnp.take(table_VD, tokens_BT, axis=0))
+        states, auxes = [], []
+        for index, stacked in enumerate(self.stages):
+            before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
+            x_BTD, after, aux = run_stage(stacked, x_BTD, before, context, remat=self.config.remat)
+            states.append(after)
+            auxes.append(aux)
+        if cache is not None:
+            B, T = tokens_BT.shape
+            new_B = jnp.full(B, T) if segment_ids is None else jnp.sum(segment_ids > 0, axis=1)
+            cache = Cache(cache.length_B + new_B.astype(cache.length_B.dtype), tuple(states))
+        return self.final_norm(x_BTD), cache, tuple(auxes)
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The head on normalised hidden states; float32 or wider."""
+        tied = self.head_DV is None
+        head_DV = read(self.embedding_VD, x_BTD.dtype).T if tied else read(self.head_DV, x_BTD.dtype)
+        return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+    def init_cache(self, batch: int, max_length: int, dtype=None) -> Cache:
+        """An empty cache for ``batch`` rows of up to ``max_length`` tokens; attention's keys and values are stored in
+        ``dtype`` (the compute dtype by default), recurrent states in float32 or wider."""
+        dtype = self.config.compute_dtype if dtype is None else dtype
+        states = tuple(
+            init_states(stacked, stage.repeats, batch, max_length, dtype)
+            for stacked, stage in zip(self.stages, self.plan, strict=True)
+        )
+        return Cache(jnp.zeros(batch, jnp.int32), states)
+
+
+def positions_of(tokens_BT, segment_ids_BT=None, cached_B=None) -> Int[Array, "B T"]:
+    """Place of each token in its document: restarts at each segment, continues from the cached length.
+
+    Padding takes no place; its own position is that of the last real token before it (0 where there is none).
+    """
+    B, T = tokens_BT.shape
+    if segment_ids_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    else:
+        real_BT, reset_BT = real_and_reset(segment_ids_BT)
+        rank_BT = jnp.cumsum(real_BT, axis=1) - 1
+        start_BT = jax.lax.cummax(jnp.where(reset_BT, rank_BT, 0), axis=1)
+        positions_BT = jnp.maximum(rank_BT - start_BT, 0)
+    return positions_BT if cached_B is None else positions_BT + cached_B[:, None]

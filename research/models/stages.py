@@ -1,0 +1,110 @@
+"""From a list of layers to stages: a unit of residual branches, scanned over its repeats.
+
+Compile time grows with the branches that differ, not with depth.
+"""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.layers.context import Context
+from research.models.config import Residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage[Layer: Hashable]:
+    """``unit``, run ``repeats`` times."""
+
+    unit: tuple[Layer, ...]
+    repeats: int
+
+
+def factorise[Layer: Hashable](layers: Sequence[Layer]) -> tuple[Stage[Layer], ...]:
+    """The stages that spell ``layers`` with the fewest branches to compile (then the fewest stages)."""
+    count = len(layers)
+    # best[i]: (branches compiled, stages, plan) of layers[i:], built from the end.
+    best: list[tuple[int, int, tuple[Stage[Layer], ...]]] = [(0, 0, ())] * (count + 1)
+    for start in reversed(range(count)):
+        options = []
+        for length in range(1, count - start + 1):
+            unit = tuple(layers[start : start + length])
+            end, repeats = start + length, 1
+            while True:
+                compiled, stages, plan = best[end]
+                options.append((compiled + length, stages + 1, (Stage(unit, repeats), *plan)))
+                if tuple(layers[end : end + length]) != unit:
+                    break
+                end, repeats = end + length, repeats + 1
+        best[start] = min(options, key=lambda option: option[:2])
+    return best[0][2]
+
+
+class Branch(nnx.Module):
+    """One residual branch (see ``Residual``)."""
+
+    def __init__(self, config: Residual, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
+        self.config = config
+        self.pre_norm = config.pre_norm and config.pre_norm.build(width, param_dtype=param_dtype)
+        self.mixer = config.mixer.build(width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+        self.post_norm = config.post_norm and config.post_norm.build(width, param_dtype=param_dtype)
+
+    def __call__(self, x_BTD, state, context: Context):
+        c = self.config
+        normed_BTD = x_BTD if self.pre_norm is None else self.pre_norm(x_BTD)
+        y_BTD, state, aux = self.mixer(normed_BTD, state, context)
+        y_BTD = y_BTD if self.post_norm is None else self.post_norm(y_BTD)
+        skip_BTD = x_BTD if c.skip == "input" else normed_BTD
+        return _scaled(skip_BTD, c.skip_scale) + _scaled(y_BTD, c.branch_scale), state, aux
+
+
+def _scaled(x, scale: float):
+    return x if scale == 1.0 else x * scale
+
+
+class Unit(nnx.Module):
+    """The branches of one repeat of a stage, in order."""
+
+    def __init__(self, branches: tuple[Residual, ...], width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
+        self.branches = nnx.List(
+            [Branch(branch, width, depth=depth, rngs=rngs, param_dtype=param_dtype) for branch in branches]
+        )
+
+    def __call__(self, x_BTD, states, context: Context):
+        """``states`` and what comes back: a tuple with an entry a branch."""
+        new_states, auxes = [], []
+        for branch, state in zip(self.branches, states, strict=True):
+            x_BTD, state, aux = branch(x_BTD, state, context)
+            new_states.append(state)
+            auxes.append(aux)
+        return x_BTD, tuple(new_states), tuple(auxes)
+
+
+def build_stage(stage: Stage[Residual], width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> Unit:
+    """A ``Unit`` whose every parameter has a leading axis of repeats."""
+
+    def make(rngs: nnx.Rngs) -> Unit:
+        return Unit(stage.unit, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+
+    return nnx.vmap(nnx.transform_metadata(make, partition=None))(rngs.split(stage.repeats))
+
+
+def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool):
+    """All repeats of a stage; ``states`` and the auxiliaries that come back are stacked over repeats."""
+
+    def body(x_BTD, repeat):
+        unit, states = repeat
+        x_BTD, states, auxes = unit(x_BTD, states, context)
+        return x_BTD, (states, auxes)
+
+    body = jax.checkpoint(body) if remat else body
+    x_BTD, (states, auxes) = jax.lax.scan(body, x_BTD, (stacked, states))
+    return x_BTD, states, auxes
+
+
+def init_states(stacked: Unit, repeats: int, batch: int, max_length: int, dtype):
+    """An empty state for every branch of a stage, stacked over its repeats."""
+    one = tuple(branch.mixer.init_state(batch, max_length, dtype) for branch in stacked.branches)
+    return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), one)

@@ -1,0 +1,100 @@
+"""Optimizers and learning-rate schedules, all optax's."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) on the matrices of layers with AdamW on the rest.
+
+    Attributes:
+      name: which of the two.
+      learning_rate: at its peak; for Muon that of the matrices.
+      adam_learning_rate: with Muon, the peak for everything that is no layer matrix (embedding, head, norms, rates).
+      warmup_steps: linear from 0.
+      decay_fraction: the last part of training, in which the rate falls linearly to 0; 1 decays from the warm-up on.
+      weight_decay: decoupled, on the matrices of layers only.
+      b1, b2, eps: Adam's.
+      clip_norm: largest global norm of a gradient; none leaves it alone.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    adam_learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.5
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.adam_learning_rate <= 0:
+            raise ValueError(f"learning rates must be positive, got {self.learning_rate} and {self.adam_learning_rate}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be from 0 to 1, got {self.decay_fraction}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+
+
+def schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
+    """Warm up, stay, decay to 0 over the last ``decay_fraction`` of ``steps`` (the WSD schedule of MiniCPM, 2404.06395)."""
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, steps)
+    decay = min(int(steps * config.decay_fraction), steps - warmup)
+    parts = [
+        optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, 0.0, decay) if decay else optax.constant_schedule(peak),
+    ]
+    return optax.join_schedules(parts, [warmup, steps - decay])
+
+
+def is_layer_matrix(path, leaf) -> bool:
+    """Whether a parameter is a layer's weight matrix: their names begin with ``w_``; convolution taps are none."""
+    name = parameter_name(path)
+    return name.startswith("w_") and not name.startswith("w_conv")
+
+
+def parameter_name(path) -> str:
+    """The attribute that holds a parameter, from its path in a state tree."""
+    keys = [getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", None))) for entry in path]
+    return next(str(key) for key in reversed(keys) if isinstance(key, str) and key != "value")
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer for ``steps`` steps; its updates are to be added to the parameters."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    rate = schedule(config, steps)
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(is_layer_matrix, params)
+
+    if config.name == "adamw":
+        adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=matrices)
+        return optax.chain(clip, adamw)
+
+    def dimensions(params):
+        # The last two axes are the matrix; repeats and experts before them are batches of matrices.
+        def of(path, leaf):
+            if not is_layer_matrix(path, leaf):
+                return None
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    muon = optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=schedule(config, steps, config.adam_learning_rate),
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,
+    )
+    return optax.chain(clip, muon)
