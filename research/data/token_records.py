@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from grain.sources import ArrayRecordDataSource
 
 from research.config import ConfigError
@@ -142,8 +142,7 @@ def _scan(path: pathlib.Path, dtype: np.dtype) -> tuple[np.ndarray, bytes]:
     digest, lengths = hashlib.sha256(), []
     try:
         source = ArrayRecordDataSource([str(path)])
-        for i in range(len(source)):
-            record = source[i]
+        for record in map(source.__getitem__, range(len(source))):  # pyright: ignore[reportArgumentType]
             lengths.append(len(record) / dtype.itemsize)
             digest.update(hashlib.sha256(record).digest())
     except (ValueError, RuntimeError, IndexError) as error:

@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -87,10 +88,10 @@ class Tokenizer(abc.ABC):
         return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes of ``ids``. Raises ValueError for an id that is not in the vocabulary."""
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -108,7 +109,7 @@ class DecodeStream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: SupportsIndex) -> str:
         """The text that ``token_id`` completes; often empty in the middle of a character."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
 
@@ -125,7 +126,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(_as_bytes(text), np.uint8).astype(np.int32)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         return bytes(i for i in _checked(ids, self.vocab_size) if i < 256)
 
     def to_json(self) -> str:
@@ -166,12 +167,13 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: str):
         self._json = tokenizer_json
-        self._model = tokenizers.Tokenizer.from_str(tokenizer_json).model
-        whole = tokenizers.Tokenizer.from_str(tokenizer_json)
+        whole = _from_library_json(tokenizer_json)
+        self._model = whole.model
         self.vocab_size = whole.get_vocab_size(with_added_tokens=True)
         self.pad_id, self.bos_id, self.eos_id = range(self.vocab_size - 3, self.vocab_size)
-        pieces = [whole.id_to_token(i) for i in range(self.vocab_size - 3)]
-        self._bytes_of_id = [bytes(_BYTE_OF_CHARACTER[c] for c in piece) for piece in pieces] + [b""] * 3
+        self._bytes_of_id = [b""] * self.vocab_size
+        for piece, i in whole.get_vocab(with_added_tokens=False).items():
+            self._bytes_of_id[i] = bytes(_BYTE_OF_CHARACTER[c] for c in piece)
         self._ids_of_piece: dict[bytes, tuple[int, ...]] = {}
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -185,7 +187,7 @@ class BytePairTokenizer(Tokenizer):
             known.clear()
         return ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         return b"".join(self._bytes_of_id[i] for i in _checked(ids, self.vocab_size))
 
     def to_json(self) -> str:
@@ -201,7 +203,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: str, bos_id: int | None, eos_id: int | None, pad_id: int | None):
         self._json = tokenizer_json
-        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._tokenizer = _from_library_json(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -219,10 +221,10 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         return self.decode(ids).encode()
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
     def stream(self) -> DecodeStream:
@@ -243,10 +245,9 @@ class _HuggingFaceStream(DecodeStream):
         self._ids: list[int] = []
         self._sent = 0
 
-    def push(self, token_id: int) -> str:
-        _checked([token_id], self._tokenizer.vocab_size)
-        self._ids.append(token_id)
-        text = self._stream.step(self._library_tokenizer, token_id) or ""
+    def push(self, token_id: SupportsIndex) -> str:
+        self._ids += _checked([token_id], self._tokenizer.vocab_size)
+        text = self._stream.step(self._library_tokenizer, self._ids[-1]) or ""
         self._sent += len(text)
         return text
 
@@ -328,8 +329,8 @@ def _load(config: TokenizerJson) -> HuggingFaceTokenizer:
         raise FileNotFoundError(f"data.tokenizer.path is {config.path!r}: it must be a tokenizer.json file")
     text = path.read_text("utf-8")
     try:
-        library_tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
+        library_tokenizer = _from_library_json(text)
+    except ValueError as error:
         raise ConfigError(
             f"data.tokenizer.path {config.path!r} must be a Hugging Face tokenizer.json: {error}"
         ) from error
@@ -345,6 +346,13 @@ def _load(config: TokenizerJson) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(text, **ids)
 
 
+def _from_library_json(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(str(error)) from error
+
+
 def _as_bytes(text: str | bytes) -> bytes:
     if isinstance(text, bytes):
         return text
@@ -354,7 +362,7 @@ def _as_bytes(text: str | bytes) -> bytes:
         raise ValueError(f"text to encode must not hold lone surrogates: {error}") from error
 
 
-def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+def _checked(ids: Iterable[SupportsIndex], vocab_size: int) -> list[int]:
     checked = [int(i) for i in ids]
     for i in checked:
         if not 0 <= i < vocab_size:
