@@ -10,7 +10,6 @@ import pytest
 from research.ops import balancing
 from research.ops.routing import top_k
 
-
 router_statistics = jax.jit(balancing.router_statistics)
 
 

@@ -1,0 +1,150 @@
+"""grouped_matmul against a loop over rows in float64, for every load."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.ops.grouped_matmul import aligned_rows, grouped_matmul, tile_rows
+from tests.ops import moe_oracle
+
+IMPLEMENTATIONS = ("tiled", "ragged_dot", "dense", None)
+
+
+@functools.partial(jax.jit, static_argnames=("alignment", "implementation"))
+def forward_and_backward(x_MK, w_EKN, sizes_E, dy_MN, *, alignment=1, implementation=None):
+    function = functools.partial(grouped_matmul, alignment=alignment, implementation=implementation)
+    y_MN, pull = jax.vjp(lambda x_MK, w_EKN: function(x_MK, w_EKN, sizes_E), x_MK, w_EKN)
+    return y_MN, *pull(dy_MN)
+
+
+def arrays(seed, rows, experts, width=6, columns=5):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(rows, width)),
+        rng.normal(size=(experts, width, columns)),
+        rng.normal(size=(rows, columns)),
+    )
+
+
+def check(x_MK, w_EKN, sizes, dy_MN, **options):
+    """Rows past the sum are NaN on the way in, and finite and zero on the way out."""
+    live = sum(sizes)
+    expected = moe_oracle.grouped_matmul(x_MK, w_EKN, sizes, dy_MN)
+    poisoned_MK, poisoned_MN = x_MK.copy(), dy_MN.copy()
+    poisoned_MK[live:], poisoned_MN[live:] = np.nan, np.nan
+    with jax.enable_x64(True):
+        actual = forward_and_backward(poisoned_MK, w_EKN, np.array(sizes, np.int32), poisoned_MN, **options)
+        for name, a, b in zip(("y", "dx", "dw"), actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=f"{name} {sizes} {options}")
+        assert not np.any(actual[0][live:]) and not np.any(actual[1][live:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sizes", [(3, 0, 9, 8), (40, 0, 0, 0), (0, 0, 0, 40), (0, 0, 0, 0), (1, 37, 1, 1)])
+def test_equals_the_loop(implementation, sizes):
+    x_MK, w_EKN, dy_MN = arrays(0, 40, 4)
+    check(x_MK, w_EKN, sizes, dy_MN, implementation=implementation)
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_every_pattern_of_empty_groups(alignment):
+    rows = 8 * 3 * alignment
+    x_MK, w_EKN, dy_MN = arrays(1, rows, 8, 3, 2)
+    for pattern in itertools.product((0, 1), repeat=8):
+        sizes = [alignment * used * (1 + i % 3) for i, used in enumerate(pattern)]
+        check(x_MK, w_EKN, sizes, dy_MN, implementation="tiled", alignment=alignment)
+
+
+@pytest.mark.parametrize("sizes", [(16, 0, 8, 24), (64, 0, 0, 0), (0, 0, 0, 0)])
+def test_alignment_changes_nothing(sizes):
+    check(*arrays(2, 64, 4)[:2], sizes, arrays(2, 64, 4)[2], alignment=8)
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "ragged_dot"])
+def test_bfloat16_accumulates_in_float32(implementation):
+    # 4096 products of 1 × 2⁻¹⁰: summed in bfloat16 they would stick at 2⁻².
+    x_MK = jnp.ones((8, 4096), jnp.bfloat16)
+    w_EKN = jnp.full((2, 4096, 3), 2.0**-10, jnp.bfloat16)
+    y_MN = jax.jit(functools.partial(grouped_matmul, implementation=implementation))(x_MK, w_EKN, jnp.array([5, 3]))
+    assert y_MN.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_MN.astype(jnp.float32), 4.0)
+
+
+def test_gradient_of_the_matrix_has_its_dtype():
+    x_MK, w_EKN, dy_MN = (jnp.asarray(a, jnp.float32) for a in arrays(3, 16, 2))
+    _, pull = jax.vjp(lambda w_EKN: grouped_matmul(x_MK.astype(jnp.bfloat16), w_EKN, jnp.array([9, 7])), w_EKN)
+    assert pull(dy_MN.astype(jnp.bfloat16))[0].dtype == jnp.float32
+
+
+def test_one_program_for_every_load_and_bitwise_again():
+    x_MK, w_EKN, dy_MN = (jnp.asarray(a, jnp.float32) for a in arrays(4, 96, 4))
+    function = jax.jit(lambda *a: forward_and_backward(*a))
+    first = function(x_MK, w_EKN, jnp.array([96, 0, 0, 0]), dy_MN)
+    function(x_MK, w_EKN, jnp.array([20, 30, 40, 6]), dy_MN)
+    again = function(x_MK, w_EKN, jnp.array([96, 0, 0, 0]), dy_MN)
+    assert function._cache_size() == 1
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_cost_follows_rows_not_experts():
+    def flops(experts):
+        rows, width, columns = 4096, 64, 64
+        shapes = ((rows, width), (experts, width, columns))
+        arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+        arguments += [jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((rows, columns), jnp.float32)]
+        return forward_and_backward.lower(*arguments, implementation="tiled").compile().cost_analysis()["flops"]
+
+    ideal = 3 * 2 * 4096 * 64 * 64
+    assert flops(8) < 1.5 * ideal and flops(64) < 1.5 * ideal
+
+
+def test_platform_is_chosen_when_lowered():
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 8), (4, 8, 8))]
+    traced = jax.jit(lambda x, w: grouped_matmul(x, w, jnp.full(4, 8))).trace(*arguments)
+    assert "ragged_dot" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "ragged_dot" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "ragged_dot" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_vmap():
+    x_MK, w_EKN, _ = arrays(5, 24, 3)
+    x_BMK = jnp.stack([jnp.asarray(x_MK, jnp.float32), 2 * jnp.asarray(x_MK, jnp.float32)])
+    sizes_BE = jnp.array([[8, 8, 8], [0, 20, 1]])
+    w_EKN = jnp.asarray(w_EKN, jnp.float32)
+    y_BMN = jax.jit(jax.vmap(grouped_matmul, (0, None, 0)))(x_BMK, w_EKN, sizes_BE)
+    for i in range(2):
+        np.testing.assert_allclose(y_BMN[i], jax.jit(grouped_matmul)(x_BMK[i], w_EKN, sizes_BE[i]), rtol=1e-6)
+
+
+def test_empty_shapes():
+    assert grouped_matmul(jnp.zeros((0, 4)), jnp.zeros((2, 4, 3)), jnp.zeros(2, jnp.int32)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret"])
+def test_kernels_that_do_not_exist_say_so(name):
+    with pytest.raises(NotImplementedError, match=name):
+        grouped_matmul(jnp.zeros((4, 2)), jnp.zeros((2, 2, 2)), jnp.array([2, 2]), implementation=name)
+
+
+def test_refusals():
+    call = functools.partial(grouped_matmul, jnp.zeros((4, 2)), jnp.zeros((2, 2, 2)), jnp.array([2, 2]))
+    with pytest.raises(ValueError, match="implementation is 'fast'"):
+        call(implementation="fast")
+    with pytest.raises(ValueError, match="alignment is 3"):
+        call(alignment=3)
+
+
+def test_worst_case_rows():
+    for rows, groups, alignment in ((10, 3, 4), (1, 8, 16), (64, 4, 8), (0, 3, 8)):
+        worst = 0
+        for cuts in itertools.combinations_with_replacement(range(rows + 1), groups - 1):
+            edges = (0, *cuts, rows)
+            worst = max(worst, sum(-(-(b - a) // alignment) * alignment for a, b in itertools.pairwise(edges)))
+        assert aligned_rows(rows, groups, alignment) >= worst
+        assert aligned_rows(rows, groups, alignment) == worst or rows > 50
+    assert tile_rows(1, 64) == 8 and tile_rows(2**20, 4) == 128
