@@ -152,7 +152,8 @@ def build_loader(
     config = corpus.config
     index, count = _process(process_index, process_count, config.batch_size)
     rows = Rows(corpus.train, config.sequence_length, seed=config.seed, fill_id=corpus.tokenizer.pad_id or 0)
-    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
+    # 2**50 rows are endless, and a length that batch() computes exactly (that of repeat() overflows at batch size 1).
+    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat(2**50 // len(rows))
     dataset = dataset[index::count].batch(config.batch_size // count)
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
     batches = dataset.to_iter_dataset(options)
@@ -263,7 +264,7 @@ def _cached_streams(documents: Sequence[bytes], tokenizer: Tokenizer, path: path
     if path is None:
         return InMemoryStreams.from_documents(documents, tokenizer)
     try:
-        with np.load(path) as held:
+        with open(path, "rb") as file, np.load(file) as held:
             return InMemoryStreams(held["ids"], held["offsets"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         streams = InMemoryStreams.from_documents(documents, tokenizer)

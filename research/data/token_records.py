@@ -110,7 +110,7 @@ def write_token_records(path: str | pathlib.Path, documents: Iterable, *, dtype:
             lengths.append(len(ids))
     finally:
         writer.close()
-    _save_index(path, np.asarray(lengths, np.int64), digest.digest())
+    _save_index(path, np.asarray(lengths, np.int64), digest.digest(), little)
     return len(lengths)
 
 
@@ -118,9 +118,17 @@ def _index_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".index.npz")
 
 
-def _save_index(path: pathlib.Path, lengths_N: np.ndarray, digest: bytes) -> None:
-    size = path.stat().st_size
-    np.savez(_index_path(path), lengths=lengths_N, digest=np.frombuffer(digest, np.uint8), file_bytes=size)
+def _save_index(path: pathlib.Path, lengths_N: np.ndarray, digest: bytes, dtype: np.dtype) -> None:
+    digest_bytes = np.frombuffer(digest, np.uint8)
+    np.savez(_index_path(path), lengths=lengths_N, digest=digest_bytes, seal=_seal(path), dtype=dtype.name)
+
+
+def _seal(path: pathlib.Path) -> str:
+    """What ties an index to its file without reading it: the size, and the end, where ArrayRecord keeps its footer."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 17)))
+        return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"
 
 
 def _load_index(path: pathlib.Path, dtype: np.dtype) -> tuple[np.ndarray, bytes]:
@@ -129,12 +137,15 @@ def _load_index(path: pathlib.Path, dtype: np.dtype) -> tuple[np.ndarray, bytes]
     if not index.is_file():
         return _scan(path, dtype)
     try:
-        with np.load(index) as held:
-            lengths, digest, size = held["lengths"], held["digest"].tobytes(), int(held["file_bytes"])
+        with open(index, "rb") as file, np.load(file) as held:
+            lengths, digest = held["lengths"], held["digest"].tobytes()
+            seal, written = str(held["seal"]), str(held["dtype"])
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{index} must be an index that write_token_records wrote: {error}; delete it") from error
-    if size != path.stat().st_size:
-        raise ConfigError(f"{index} was written for {size:,} bytes, and {path} has {path.stat().st_size:,}: delete it")
+    if seal != _seal(path):
+        raise ConfigError(f"{index} was written for another {path.name}: it must be written with it; delete it")
+    if written != dtype.name:
+        raise ConfigError(f"{path} holds {written} ids: data.source.dtype must say so, not {dtype.name!r}")
     return lengths, digest
 
 
