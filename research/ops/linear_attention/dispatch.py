@@ -3,12 +3,11 @@
 import functools
 import numbers
 
-import jax
 import jax.numpy as jnp
 
 from research.axes import Array, Float, Int
 from research.ops.linear_attention import segments
-from research.ops.linear_attention.chunked import chunked
+from research.ops.linear_attention.choice import Plan, attend
 from research.ops.linear_attention.quadratic import quadratic
 from research.ops.linear_attention.recurrent import recurrent, step
 
@@ -132,8 +131,7 @@ def _run(implementation, scale, chunk_size, *arrays):
         return quadratic(*arrays, scale)
     T = arrays[2].shape[1]
     C = min(chunk_size or 64, 1 << (T - 1).bit_length())
-    default = lambda *a: chunked(*a, scale, C)  # noqa: E731
-    return default(*arrays) if implementation == "chunked" else jax.lax.platform_dependent(*arrays, default=default)
+    return attend(Plan(implementation, scale, C), *arrays)
 
 
 def _state_dtype(*arrays):
