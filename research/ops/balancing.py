@@ -11,6 +11,7 @@ assignments a step; totals over experts are taken in float32 and don't overflow.
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from research.ops.routing.assignment import Assignment
 NORMALISATIONS = ("per_choice", "per_token")
 
 
+@typing.no_type_check  # jax rebuilds the class around things that are not arrays: specs, cotangents, sentinels
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(

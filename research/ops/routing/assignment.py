@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from research.axes import Array, Bool, Float, Int
 
 
+@typing.no_type_check  # jax rebuilds the class around things that are not arrays: specs, cotangents, sentinels
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("token_A", "expert_A", "weight_A", "scores_TE", "logits_TE"),

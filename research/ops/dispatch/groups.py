@@ -8,18 +8,18 @@ its inverse, never a scatter-add. Dropless: every assignment has a row under any
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from research.axes import Array, Float, Int
-from research.ops.grouped_matmul import aligned_rows, check_implementation, clean_leg, grouped_matmul, tile_rows
+from research.ops.grouped_matmul import aligned_rows, grouped_matmul, tile_rows
 from research.ops.routing.assignment import Assignment
 
 
+@typing.no_type_check  # jax rebuilds the class around things that are not arrays: specs, cotangents, sentinels
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("sizes_E", "token_M", "assignment_M", "row_A", "token_A", "weight_M", "weight_A"),
@@ -64,20 +64,30 @@ def _sort_by_expert(expert_A, experts):
     return jnp.argsort(expert_A, stable=True).astype(jnp.int32)
 
 
-def group(assignment: Assignment, alignment: int | None = None) -> Groups:
+def group(assignment: Assignment, alignment: int | None = None, *, capacity: int | None = None) -> Groups:
     """Sorts assignments by expert into rows, each expert's padded to a multiple of `alignment`.
 
     alignment None chooses a tile that suits the mean group. The number of rows M is static: the worst case over all
     loads, A + E·(alignment − 1) rounded down to a multiple.
+
+    capacity: every expert has exactly that many rows, M = E·capacity, whatever its load; an expert with more
+    assignments than that loses the last ones. Give it what `limit_capacity` returned for the same capacity, which
+    decides and counts what is dropped.
     """
+    if capacity is not None:
+        if capacity < 1 or alignment not in (None, capacity):
+            raise ValueError(
+                f"capacity is {capacity}, it must be at least 1, and alignment is then not yours to choose"
+            )
+        alignment = capacity
     count, experts = assignment.expert_A.shape[0], assignment.experts
     alignment = tile_rows(count, experts) if alignment is None else alignment
     if alignment < 1:
         raise ValueError(f"alignment is {alignment}, it must be at least 1")
-    rows = aligned_rows(count, experts, alignment)
+    rows = aligned_rows(count, experts, alignment) if capacity is None else experts * capacity
     order_A = _sort_by_expert(assignment.expert_A, experts)
     counts_E = assignment.counts_E()
-    sizes_E = -(-counts_E // alignment) * alignment
+    sizes_E = -(-counts_E // alignment) * alignment if capacity is None else jnp.full(experts, capacity, jnp.int32)
     first_E, start_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(counts_E) - counts_E
     # Per tile first: rows of one tile share their expert.
     tiles = rows // alignment
@@ -132,11 +142,11 @@ def _permute_backward(residuals, dx_M):
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-def _spread(x_TD, groups):
+def spread(x_TD, groups):
     return _take(x_TD, groups.token_M)
 
 
-def _gather_sum(y_MD, groups):
+def gather_sum(y_MD, groups):
     """Sum of each token's rows, [T, D]."""
     if groups.per_token is None:
         return jnp.zeros((groups.tokens, y_MD.shape[1]), y_MD.dtype).at[groups.token_M].add(y_MD, mode="drop")
@@ -147,7 +157,7 @@ def _gather_sum(y_MD, groups):
     return functools.reduce(jnp.add, parts).astype(y_MD.dtype)
 
 
-def _zero_groups(groups):
+def zero_groups(groups):
     return jax.tree.map(
         lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else _no_gradient(a), groups
     )
@@ -155,23 +165,23 @@ def _zero_groups(groups):
 
 @jax.custom_vjp
 def _dispatch(x_TD, groups):
-    return _spread(x_TD, groups)
+    return spread(x_TD, groups)
 
 
 _dispatch.defvjp(
-    lambda x_TD, groups: (_spread(x_TD, groups), groups),
-    lambda groups, dx_MD: (_gather_sum(dx_MD, groups), _zero_groups(groups)),
+    lambda x_TD, groups: (spread(x_TD, groups), groups),
+    lambda groups, dx_MD: (gather_sum(dx_MD, groups), zero_groups(groups)),
 )
 
 
 @jax.custom_vjp
 def _combine(y_MD, groups):
-    return _gather_sum(y_MD, groups)
+    return gather_sum(y_MD, groups)
 
 
 _combine.defvjp(
-    lambda y_MD, groups: (_gather_sum(y_MD, groups), groups),
-    lambda groups, dy_TD: (_spread(dy_TD, groups), _zero_groups(groups)),
+    lambda y_MD, groups: (gather_sum(y_MD, groups), groups),
+    lambda groups, dy_TD: (spread(dy_TD, groups), zero_groups(groups)),
 )
 
 
@@ -191,80 +201,3 @@ def combine(y_MD: Float[Array, "M D"], groups: Groups, *, weighted: bool = False
     if groups.weight_on == "output" and not weighted:
         y_MD = y_MD * groups.weight_M[:, None].astype(y_MD.dtype)
     return _combine(y_MD, groups)
-
-
-def expert_mlp(
-    x_TD: Float[Array, "T D"],
-    w_EDN: Float[Array, "E D N"],
-    w_EFD: Float[Array, "E F O"],
-    groups: Groups,
-    *,
-    activation: Callable[[Array], Array],
-    implementation: str | None = None,
-) -> Float[Array, "T O"]:
-    """``combine(activation(dispatch(x) @ w_EDN) @ w_EFD)`` with the memory traffic of both ends taken out.
-
-    Kept for the backward pass: x_TD (not its K copies) and the hidden rows before the activation; the rest is computed
-    again, which costs less than writing and reading it. Weights act on the hidden rows: both products are linear, and
-    the gradient of a weight is then a sum over F, with nothing of the model's width to keep (SonicMoE,
-    arXiv 2512.14080).
-
-    Args:
-      x_TD: tokens.
-      w_EDN: into the hidden width; N = 2F for gated activations, gate first.
-      w_EFD: out of it.
-      groups: from `group`.
-      activation: a pure function of rows [..., N] -> [..., F], such as `swiglu`; finite at zero. Compared by identity:
-        pass the same function every time. Experts with biases use `dispatch`, `Groups.matmul` and `combine`.
-      implementation: of `grouped_matmul`.
-
-    Raises:
-      ValueError, NotImplementedError: as `grouped_matmul`.
-    """
-    check_implementation(implementation)
-    weights = (w_EDN.astype(x_TD.dtype), w_EFD.astype(x_TD.dtype))
-    return _expert_mlp(x_TD, *weights, groups.weight_M, groups, activation, implementation)
-
-
-def swiglu(h: Float[Array, "*B N"]) -> Float[Array, "*B F"]:
-    """silu(gate)·up of rows that hold the gate first (Shazeer 2020)."""
-    gate, up = jnp.split(h, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def _leg(leg, a, b, groups, implementation):
-    return clean_leg(leg, a, b, groups.sizes_E, alignment=groups.alignment, implementation=implementation)
-
-
-def _weighted_activation(h_MN, weight_M, groups, activation):
-    wide = jnp.promote_types(h_MN.dtype, weight_M.dtype)
-    h, weight_M1 = h_MN.astype(wide), weight_M[:, None].astype(wide)
-    a = activation(h * weight_M1) if groups.weight_on == "input" else activation(h) * weight_M1
-    return a.astype(h_MN.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _expert_mlp(*arguments):
-    return _expert_mlp_forward(*arguments)[0]
-
-
-def _expert_mlp_forward(x_TD, w_EDN, w_EFD, weight_M, groups, activation, implementation):
-    h_MN = checkpoint_name(_leg("product", _spread(x_TD, groups), w_EDN, groups, implementation), "expert_hidden")
-    a_MF = _weighted_activation(h_MN, weight_M, groups, activation)
-    y_TO = _gather_sum(_leg("product", a_MF, w_EFD, groups, implementation), groups)
-    return y_TO, (x_TD, w_EDN, w_EFD, weight_M, groups, h_MN)
-
-
-def _expert_mlp_backward(activation, implementation, residuals, dy_TO):
-    x_TD, w_EDN, w_EFD, weight_M, groups, h_MN = residuals
-    dy_MO = _spread(dy_TO, groups)
-    again = functools.partial(_weighted_activation, groups=groups, activation=activation)
-    a_MF, pull = jax.vjp(again, h_MN, weight_M)
-    dw_EFD = _leg("outer", a_MF, dy_MO, groups, implementation)
-    dh_MN, dweight_M = pull(_leg("transposed", dy_MO, w_EFD, groups, implementation))
-    dx_TD = _gather_sum(_leg("transposed", dh_MN, w_EDN, groups, implementation), groups)
-    dw_EDN = _leg("outer", _spread(x_TD, groups), dh_MN, groups, implementation)
-    return dx_TD, dw_EDN, dw_EFD, dweight_M, _zero_groups(groups)
-
-
-_expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
