@@ -42,6 +42,10 @@ class AttentionConfig:
     def rotary_dim(self) -> int:
         return int(self.head_width * self.rotary_fraction)
 
+    def flops(self, width: int, context: float) -> float:
+        heads = self.heads * (3 if self.gated else 2) + 2 * self.key_heads  # q, gate, output; k and v
+        return 2 * self.head_width * (width * heads + 2 * self.heads * context)
+
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "Attention":
         return Attention(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 

@@ -37,6 +37,12 @@ class GatedDeltaNetConfig:
         if self.taps < 1:
             raise ValueError(f"taps must be at least 1, got {self.taps}")
 
+    def flops(self, width: int, context: float) -> float:
+        # The recurrence itself (read for the error, write, read), whatever its chunked form spends on top.
+        recurrence = 3 * self.heads * self.key_width * self.value_width
+        keys, values = self.key_heads * self.key_width, self.heads * self.value_width
+        return 2 * (width * (2 * keys + 3 * values + 2 * self.heads) + recurrence)
+
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "GatedDeltaNet":
         return GatedDeltaNet(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 

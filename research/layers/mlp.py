@@ -21,6 +21,9 @@ class MLPConfig:
         if self.hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {self.hidden}")
 
+    def flops(self, width: int, context: float) -> float:
+        return 2 * 3 * width * self.hidden
+
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "MLP":
         return MLP(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 

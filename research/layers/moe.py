@@ -57,6 +57,10 @@ class MoEConfig:
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate needs a shared expert: shared_hidden must be at least 1, got 0")
 
+    def flops(self, width: int, context: float) -> float:
+        hidden = self.per_token * self.hidden + self.shared_hidden
+        return 2 * width * (self.experts + 3 * hidden + (1 if self.shared_gate else 0))
+
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "MoE":
         return MoE(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 

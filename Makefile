@@ -1,0 +1,50 @@
+# Everything a stranger needs. Each target makes its own environment in .venv, once.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types notebook clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEPENDS := setup.cfg constraints.txt .ci/environment
+RUN ?= runs/demo
+
+help:
+	@echo "make demo      train configs/demo.py on this machine's CPU and sample from it (about 10 minutes)"
+	@echo "make test      the test suite"
+	@echo "make test-slow the long tests, which make test leaves out"
+	@echo "make lint      formatting and lint"
+	@echo "make types     static types"
+	@echo "make notebook  open notebooks/quickstart on the demo's run"
+	@echo "make clean     remove the environment and build products (never runs/)"
+
+demo: $(VENV)/base.stamp
+	@$(BIN)/python -m experiments.train demo --workdir $(RUN)
+	@$(BIN)/python -m experiments.generate $(RUN) --prompt "def " --max-new-tokens 200 --temperature 0.7
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.stamp
+	$(BIN)/pyright
+
+notebook: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt jupyterlab
+	SCANROUTE_RUN=$(abspath $(RUN)) $(BIN)/jupyter lab notebooks/quickstart.ipynb
+
+$(VENV)/base.stamp: $(DEPENDS)
+	@.ci/environment $(VENV) .
+	@touch $@
+
+$(VENV)/test.stamp: $(DEPENDS)
+	@.ci/environment $(VENV) ".[test]"
+	@touch $(VENV)/base.stamp $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
