@@ -24,12 +24,13 @@ from absl import flags
 
 from research.config import ConfigError, to_dict
 from research.data.packing import InMemoryStreams, Rows, TokenStreams
-from research.data.sources import JsonLines, PythonStandardLibrary, TextFiles
+from research.data.sources import Documents, JsonLines, PythonStandardLibrary, TextFiles
 from research.data.split import split
 from research.data.token_records import RecordStreams, TokenArrayRecords, TokenDocuments
 from research.data.tokenization import (
     BytePairEncoding,
     Bytes,
+    HuggingFaceTokenizer,
     Tokenizer,
     TokenizerJson,
     build_tokenizer,
@@ -125,6 +126,8 @@ def open_corpus(
     hash_ = documents.hash()
     if tokenizer is None:
         tokenizer = _cached_tokenizer(config, train_documents, hash_, folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        _require_text(documents)
     key = _digest(hash_, config.held_out_bytes, tokenizer.to_json())
     return Corpus(
         config=config,
@@ -222,6 +225,17 @@ def _process(index: int | None, count: int | None, batch_size: int) -> tuple[int
     if batch_size % count:
         raise ConfigError(f"data.batch_size is {batch_size}: it must be a multiple of the {count} processes")
     return index, count
+
+
+def _require_text(documents: Documents) -> None:
+    for index, name in enumerate(documents.names):
+        try:
+            documents[index].decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data.tokenizer is a TokenizerJson, which encodes UTF-8 text only, and {name} is not ({error}): "
+                f"data.tokenizer must be Bytes or BytePairEncoding, or the document text"
+            ) from error
 
 
 def _open_tokenized(config: DataConfig, documents: TokenDocuments, tokenizer: Tokenizer | None) -> Corpus:

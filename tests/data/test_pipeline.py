@@ -11,7 +11,8 @@ from research.config import ConfigError
 from research.data import pipeline
 from research.data.pipeline import Corpus, DataConfig, build_held_out, build_loader, open_corpus
 from research.data.sources import TextFiles
-from research.data.tokenization import BytePairEncoding, tokenizer_from_json
+from research.data.tokenization import BytePairEncoding, TokenizerJson, tokenizer_from_json
+from tests.data.test_tokenization import huggingface_file
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,15 @@ def test_batches_that_processes_cannot_share(corpus):
     for build in (build_loader, build_held_out):
         with pytest.raises(ConfigError, match=r"data\.batch_size is 8: it must be a multiple of the 3 processes"):
             build(corpus, process_index=0, process_count=3)
+
+
+def test_bytes_that_are_no_text_need_a_tokenizer_of_bytes(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\xff\x00" * 50)
+    path = huggingface_file(tmp_path)
+    config = DataConfig(TextFiles((str(tmp_path / "a.bin"),), encoding="binary"), held_out_bytes=0)
+    assert open_corpus(config).tokens == 101
+    with pytest.raises(ConfigError, match=r"encodes UTF-8 text only, and .*/a\.bin is not"):
+        open_corpus(dataclasses.replace(config, tokenizer=TokenizerJson(path, eos="</s>")))
 
 
 def test_no_held_out_set_to_evaluate_on(config):
