@@ -1,6 +1,6 @@
 """The choice of an implementation, made when the call is lowered, behind one custom_vjp.
 
-Every implementation under the choice saves residuals of the same shapes: the state before each chunk and, for the delta
+Every implementation under the choice saves residuals of the same shapes: the state before each block of chunks and, for the delta
 rule, each chunk's inverse. So a program differentiated on one platform can be lowered for another.
 """
 
@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     implementation: str | None
     scale: float
     chunk_size: int
+    chunks: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -43,7 +44,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _choose(plan, function, arrays, **options):
-    run = functools.partial(function, scale=plan.scale, chunk_size=plan.chunk_size, **options)
+    run = functools.partial(function, scale=plan.scale, chunk_size=plan.chunk_size, chunks=plan.chunks, **options)
     if plan.implementation == "chunked":
         return run(*arrays)
     return jax.lax.platform_dependent(*arrays, default=run)

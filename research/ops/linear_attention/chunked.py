@@ -1,85 +1,89 @@
 """The chunked form: quadratic inside a chunk, recurrent from chunk to chunk. It trains; time is linear in T.
 
-The forward pass scans over chunks in the caller's [B, T, H, ·] layout, transposing one chunk at a time. Under
-differentiation it saves the state before every chunk (and, for the delta rule, the chunk's inverse); the backward pass
-walks the chunks the other way and recomputes everything else.
+The forward pass scans over blocks of J chunks in the caller's [B, T, H, ·] layout, transposing one block at a time. Under
+differentiation it saves the state before every block (and, for the delta rule, each chunk's inverse); the backward pass
+walks the blocks the other way and recomputes everything else.
 """
 
 import jax
 import jax.numpy as jnp
 
-from research.ops.linear_attention import channel_gates, token_gates
+from research.ops.linear_attention import channel_gates, state, token_gates
 
 
-def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, chunk_size, save):
-    """Returns (o_BTHV, state_BHKV, saved); ``saved`` is (states, inverses) by chunk, or None unless ``save``."""
-    algebra = _algebra(g_BTH)
+def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, chunk_size, chunks, save):
+    """Returns (o_BTHV, state_BHKV, saved); ``saved`` is (states, inverses) by block, or None unless ``save``."""
+    gates = _gates(g_BTH)
     B, T, H, V = v_BTHV.shape
-    C = chunk_size
-    dtype = state_BHKV.dtype
-    xs = jax.tree.map(lambda x: _pad(x, C), (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH))
+    C, J, dtype = chunk_size, chunks, state_BHKV.dtype
+    xs = jax.tree.map(lambda x: _pad(x, C * J), (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH))
     padded = xs[2].shape[1]
 
-    def body(carry, chunk):
+    def body(carry, block):
         S_MKV, o_BTHV = carry
-        q, k, v, g, beta = jax.tree.map(lambda x: _load(x, chunk, C, dtype), xs)
-        o_MCV, next_MKV, X_MCC = algebra.forward(q, k, v, g, beta, S_MKV)
-        o_BTHV = _store(o_BTHV, scale * o_MCV, chunk)
-        return (next_MKV, o_BTHV), (S_MKV, X_MCC) if save else None
+        q, k, v, g, beta = jax.tree.map(lambda x: _load(x, block, J, C, dtype), xs)
+        chunk, _ = gates.prepare(q, k, g, beta, B * H)
+        u, _, S_JMKV, next_MKV = state.states(chunk, v, beta, S_MKV)
+        o_BTHV = _store(o_BTHV, scale * state.read(chunk, u, S_JMKV), block)
+        return (next_MKV, o_BTHV), (S_MKV, chunk.X) if save else None
 
     o_BTHV = jnp.zeros((B, padded, H, V), v_BTHV.dtype)
     S_MKV = state_BHKV.reshape(-1, *state_BHKV.shape[2:])
-    (S_MKV, o_BTHV), saved = jax.lax.scan(body, (S_MKV, o_BTHV), jnp.arange(padded // C, dtype=jnp.int32))
+    (S_MKV, o_BTHV), saved = jax.lax.scan(body, (S_MKV, o_BTHV), jnp.arange(padded // (C * J), dtype=jnp.int32))
     return o_BTHV[:, :T], S_MKV.reshape(state_BHKV.shape), saved
 
 
-def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHKV, *, scale, chunk_size):
+def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHKV, *, scale, chunk_size, chunks):
     """Cotangents of (q, k, v, g, beta, initial state)."""
-    algebra = _algebra(g_BTH)
-    T = v_BTHV.shape[1]
-    C = chunk_size
-    dtype = dstate_BHKV.dtype
+    gates = _gates(g_BTH)
+    B, T, H, _ = v_BTHV.shape
+    C, J, dtype = chunk_size, chunks, dstate_BHKV.dtype
     inputs = (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH)
-    xs = jax.tree.map(lambda x: _pad(x, C), inputs)
-    do_BTHV = _pad(do_BTHV, C)
-    chunks = do_BTHV.shape[1] // C
+    xs = jax.tree.map(lambda x: _pad(x, C * J), inputs)
+    do_BTHV = _pad(do_BTHV, C * J)
+    blocks = do_BTHV.shape[1] // (C * J)
 
     def body(carry, step):
         dS_MKV, grads = carry
-        chunk, (S_MKV, X_MCC) = step
-        q, k, v, g, beta = jax.tree.map(lambda x: _load(x, chunk, C, dtype), xs)
-        do_MCV = scale * _load(do_BTHV, chunk, C, dtype)
-        *new, dS_MKV = algebra.backward(q, k, v, g, beta, S_MKV, X_MCC, do_MCV, dS_MKV)
-        grads = jax.tree.map(lambda x, d: _store(x, d, chunk), grads, tuple(new))
+        block, (S_MKV, X) = step
+        q, k, v, g, beta = jax.tree.map(lambda x: _load(x, block, J, C, dtype), xs)
+        do = scale * _load(do_BTHV, block, J, C, dtype)
+        chunk, inside = gates.prepare(q, k, g, beta, B * H, X)
+        u, U, S_JMKV, _ = state.states(chunk, v, beta, S_MKV)
+        d, dv, dbeta, dS_MKV = state.backward(chunk, u, U, beta, S_JMKV, do, dS_MKV)
+        dq, dk, dg, dbeta_A = gates.backward(q, k, g, beta, chunk, inside, d)
+        new = (dq, dk, dv, dg, None if dbeta is None else dbeta + dbeta_A)
+        grads = jax.tree.map(lambda x, d: _store(x, d, block), grads, new)
         return (dS_MKV, grads), None
 
     grads = jax.tree.map(jnp.zeros_like, xs)
     dS_MKV = dstate_BHKV.reshape(-1, *dstate_BHKV.shape[2:])
-    steps = (jnp.arange(chunks, dtype=jnp.int32), saved)
+    steps = (jnp.arange(blocks, dtype=jnp.int32), saved)
     (dS_MKV, grads), _ = jax.lax.scan(body, (dS_MKV, grads), steps, reverse=True)
     return (*jax.tree.map(lambda x: x[:, :T], grads), dS_MKV.reshape(dstate_BHKV.shape))
 
 
-def _algebra(g_BTH):
+def _gates(g_BTH):
     return channel_gates if g_BTH is not None and g_BTH.ndim == 4 else token_gates
 
 
-def _pad(x_BT, C):
-    """Fill the last chunk: zeros write nothing and decay nothing."""
-    missing = -x_BT.shape[1] % C
+def _pad(x_BT, length):
+    """Fill the last block: zeros write nothing and decay nothing."""
+    missing = -x_BT.shape[1] % length
     return x_BT if missing == 0 else jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
-def _load(x_BTH, chunk, C, dtype):
-    """One chunk of [B, T, H, ·] as [B·H, C, ·]."""
-    x_BCH = jax.lax.dynamic_slice_in_dim(x_BTH, chunk * C, C, axis=1)
-    x_BHC = jnp.swapaxes(x_BCH, 1, 2).astype(dtype)
-    return x_BHC.reshape(-1, C, *x_BTH.shape[3:])
+def _load(x_BTH, block, J, C, dtype):
+    """J chunks of [B, T, H, ·] as [J, B·H, C, ·]."""
+    B, _, H, *rest = x_BTH.shape
+    x_BJCH = jax.lax.dynamic_slice_in_dim(x_BTH, block * (J * C), J * C, axis=1).reshape(B, J, C, H, *rest)
+    return jnp.transpose(x_BJCH, (1, 0, 3, 2, *range(4, x_BJCH.ndim))).astype(dtype).reshape(J, B * H, C, *rest)
 
 
-def _store(x_BTH, value_MC, chunk):
+def _store(x_BTH, value_JMC, block):
     """The inverse of ``_load``, written in place."""
-    B, _, H = x_BTH.shape[:3]
-    C = value_MC.shape[1]
-    value_BCH = jnp.swapaxes(value_MC.reshape(B, H, C, *x_BTH.shape[3:]), 1, 2).astype(x_BTH.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(x_BTH, value_BCH, chunk * C, axis=1)
+    B, _, H, *rest = x_BTH.shape
+    J, _, C = value_JMC.shape[:3]
+    value_JBHC = value_JMC.reshape(J, B, H, C, *rest)
+    value_BJCH = jnp.transpose(value_JBHC, (1, 0, 3, 2, *range(4, value_JBHC.ndim))).astype(x_BTH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x_BTH, value_BJCH.reshape(B, J * C, H, *rest), block * (J * C), axis=1)

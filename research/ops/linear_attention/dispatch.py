@@ -131,7 +131,7 @@ def _run(implementation, scale, chunk_size, *arrays):
         return quadratic(*arrays, scale)
     T = arrays[2].shape[1]
     C = min(chunk_size or 64, 1 << (T - 1).bit_length())
-    return attend(Plan(implementation, scale, C), *arrays)
+    return attend(Plan(implementation, scale, C, 1), *arrays)
 
 
 def _state_dtype(*arrays):

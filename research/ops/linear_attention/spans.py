@@ -6,6 +6,9 @@ nothing; the difference of two running sums loses everything once a gate is stro
 
 import jax.numpy as jnp
 
+# For masked sums made as matrix products, where −inf · 0 must not arise: e^−10⁴ is 0 in float64 too.
+ERASE = -1e4
+
 
 def token_spans(g_xC):
     """``D_xCC[i, j]`` = Σ g over (j, i] for i ≥ j, −inf for i < j. One gate a token: ``g_xC`` [..., C]."""

@@ -1,0 +1,124 @@
+"""What chunks do to the state: one core for every mechanism.
+
+A chunk is six arrays, which ``token_gates`` or ``channel_gates`` prepare (all decays already in them):
+
+    P [C, C]      lower triangular: ⟨q_i, k_j⟩ faded from j to i
+    X [C, C]      (I + A)⁻¹, or None for additive writes
+    q_in, k_in    queries and keys faded from the chunk's start (k_in only for the delta rule)
+    k_out         keys faded to the chunk's end
+    Z             decay across the chunk
+
+    U = v − k_in S        u = X β U   or   v        o = q_in S + P u        S ← Z S + k_outᵀ u
+
+J chunks of M rows (a row is a batch entry and a value head) go through at once: what does not wait for the state is one
+product over J·M, and only what does is scanned.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.axes import Array
+
+
+class Chunk(NamedTuple):
+    """J chunks of M rows; every array leads with [J, M]. ``Z`` is [J, M, 1, 1] or [J, M, K, 1], or None for no decay."""
+
+    P: Array
+    X: Array | None
+    q_in: Array
+    k_in: Array | None
+    k_out: Array
+    Z: Array | None
+
+
+def states(chunk: Chunk, v_JMCV, beta_JMC, S_MKV):
+    """Walk the chunks forward: (u_JMCV, U_JMCV or None, the J states before each chunk, the state after the last)."""
+    if chunk.X is None:
+
+        def write(S_MKV, x):
+            k_out, Z, u = x
+            return _fade(Z, S_MKV) + tn(k_out, u), S_MKV
+
+        S_MKV, S_JMKV = jax.lax.scan(write, S_MKV, (chunk.k_out, chunk.Z, v_JMCV))
+        return v_JMCV, None, S_JMKV, S_MKV
+
+    def body(S_MKV, x):
+        k_in, k_out, X, Z, v, beta = x
+        U = v - nn(k_in, S_MKV)
+        u = nn(X, beta[..., None] * U)
+        return _fade(Z, S_MKV) + tn(k_out, u), (u, U, S_MKV)
+
+    xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, v_JMCV, beta_JMC)
+    S_MKV, (u_JMCV, U_JMCV, S_JMKV) = jax.lax.scan(body, S_MKV, xs)
+    return u_JMCV, U_JMCV, S_JMKV, S_MKV
+
+
+def read(chunk: Chunk, u_JMCV, S_JMKV):
+    """o_JMCV = q_in S + P u."""
+    return nn(chunk.q_in, S_JMKV) + nn(chunk.P, u_JMCV)
+
+
+class ChunkGradient(NamedTuple):
+    """Cotangents of a Chunk's arrays, of A instead of X; ``Z`` is summed over V, [J, M, K]."""
+
+    P: Array
+    A: Array | None
+    q_in: Array
+    k_in: Array | None
+    k_out: Array
+    Z: Array | None
+
+
+def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
+    """Walk the chunks back: (ChunkGradient, dv_JMCV, dbeta_JMC without A's part, the cotangent of the first state)."""
+    du_JMCV = tn(chunk.P, do_JMCV)
+    qdo_JMKV = tn(chunk.q_in, do_JMCV)
+
+    def body(dS_MKV, x):
+        k_in, k_out, X, Z, beta, du, qdo = x
+        du = du + nn(k_out, dS_MKV)
+        before_MKV = _fade(Z, dS_MKV) + qdo
+        if X is None:
+            return before_MKV, (du, None, dS_MKV)
+        dR = tn(X, du)
+        dv = beta[..., None] * dR
+        return before_MKV - tn(k_in, dv), (dv, dR, dS_MKV)
+
+    xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, beta_JMC, du_JMCV, qdo_JMKV)
+    dS_MKV, (dv_JMCV, dR_JMCV, dS_JMKV) = jax.lax.scan(body, dS_MKV, xs, reverse=True)
+    dA = dk_in = dbeta_JMC = dZ = None
+    if chunk.X is not None:
+        dA = -nt(dR_JMCV, u_JMCV)
+        dk_in = -nt(dv_JMCV, S_JMKV)
+        dbeta_JMC = jnp.sum(dR_JMCV * U_JMCV, axis=-1)
+    if chunk.Z is not None:
+        dZ = jnp.sum(S_JMKV * dS_JMKV, axis=-1)
+    gradient = ChunkGradient(nt(do_JMCV, u_JMCV), dA, nt(do_JMCV, S_JMKV), dk_in, nt(u_JMCV, dS_JMKV), dZ)
+    return gradient, dv_JMCV, dbeta_JMC, dS_MKV
+
+
+def _fade(Z, S_MKV):
+    return S_MKV if Z is None else Z * S_MKV
+
+
+def _product(equation, x, y):
+    # One batch axis: XLA's CPU backend aborts on products of rank 8 and transposes what it cannot flatten.
+    out = jnp.einsum(equation, x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
+    return out.reshape(*x.shape[:-2], *out.shape[-2:])
+
+
+def nn(x, y):
+    """x y for stacks of matrices."""
+    return _product("nij,njk->nik", x, y)
+
+
+def nt(x, y):
+    """x yᵀ for stacks of matrices."""
+    return _product("nij,nkj->nik", x, y)
+
+
+def tn(x, y):
+    """xᵀ y for stacks of matrices."""
+    return _product("nji,njk->nik", x, y)
