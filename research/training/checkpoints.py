@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -88,7 +89,7 @@ class Checkpoints:
                     f"{path} holds no data position for {jax.process_count()} processes: resume on as many"
                 )
             names["data"] = iterator
-        return ocp.load_checkpointables(path, names)["state"]
+        return ocp.load_checkpointables(str(path), names)["state"]
 
     def save(self, step: int, state, iterator=None, *, about: Mapping[str, Any], tokenizer: str | None = None) -> None:
         """Begins to save ``state`` after ``step``; returns once the arrays are copied, so that they may be donated.
@@ -110,7 +111,7 @@ class Checkpoints:
             parts["data"] = iterator
         if tokenizer is not None:
             parts["tokenizer"] = _Text(TOKENIZER_FILE, tokenizer)
-        response = ocp.save_checkpointables_async(path, parts, custom_metadata=dict(about))
+        response = ocp.save_checkpointables_async(str(path), parts, custom_metadata=dict(about))
         self._finishing = threading.Thread(target=self._finish, args=(response, path), name=f"checkpoint {step}")
         self._finishing.start()
 
@@ -236,12 +237,12 @@ def load_part(path: str | os.PathLike, abstract_part: dict[str, Any]) -> dict[st
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load(Path(path), abstract_part, checkpointable_name="state")
+        return ocp.load(str(path), abstract_part, checkpointable_name="state")
 
 
 def check_shapes(path: Path, abstract_state, *, partial: bool = False) -> None:
     """Raises ConfigError naming the arrays of ``abstract_state`` that ``path`` lacks or holds in another shape."""
-    saved = _shapes(ocp.metadata(path, checkpointable_name="state").metadata)
+    saved = _shapes(ocp.metadata(str(path), checkpointable_name="state").metadata)
     wanted = _shapes(abstract_state)
     problems = []
     for name, shape in wanted.items():
@@ -262,9 +263,7 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         words = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         shape = leaf.shape
-        if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array) and jax.dtypes.issubdtype(
-            leaf.dtype, jax.dtypes.prng_key
-        ):
+        if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             shape = jax.eval_shape(jax.random.key_data, leaf).shape
         shapes[".".join(words)] = tuple(shape)
     return shapes

@@ -61,12 +61,12 @@ class Interrupts:
         if self.received is None:
             self.received, self._first_at = number, time.monotonic()
             if self.nothing_to_save:
-                self._quit(f"{name}: stopped before there was anything new to save. {self.resume_line}")
+                self._quit(number, f"{name}: stopped before there was anything new to save. {self.resume_line}")
             self._say(f"{name}: finishing this step, then saving (once more to quit at once)")
         elif time.monotonic() - self._first_at > SAME_REQUEST_SECONDS:
-            self._quit(f"{name} again: quitting without saving. {self.resume_line}")
+            self._quit(self.received, f"{name} again: quitting without saving. {self.resume_line}")
 
-    def _quit(self, line: str):
+    def _quit(self, number: int, line: str):
         sys.stdout.flush()
         print(line.rstrip(), file=sys.stderr, flush=True)
-        os._exit(128 + self.received)
+        os._exit(128 + number)

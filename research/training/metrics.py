@@ -151,6 +151,85 @@ class Progress:
         self._say("  ".join(part for part in parts if part))
 
 
+class Recorder:
+    """Everything a run writes down: both JSON-lines files, TensorBoard events and the terminal.
+
+    Of several processes only the first one writes (``active``).
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        steps: int,
+        resume_step: int,
+        log_every: int,
+        progress_seconds: float,
+        say: Callable[[str], None],
+        active: bool = True,
+    ):
+        self.throughput = Throughput()
+        self.evaluated: set[int] = set()
+        self._steps, self._log_every, self._active = steps, log_every, active
+        self._loss_sum = self._bits_sum = 0.0
+        self._since = 0
+        if active:
+            metrics_file, evaluations_file = run_files(workdir)
+            self._metrics = JsonLines(metrics_file, resume_step)
+            self._evaluations = JsonLines(evaluations_file, resume_step)
+            self.evaluated = {record["step"] for record in read_lines(evaluations_file)}
+            self._board = TensorBoard(Path(workdir) / TENSORBOARD_FOLDER, resume_step)
+            self._progress = Progress(steps, every_seconds=progress_seconds, say=say)
+
+    def step(self, record: dict[str, Any], load_LE: np.ndarray | None = None) -> None:
+        """Records one step: a line of metrics.jsonl always, the rest when it is due."""
+        if not self._active:
+            return
+        step = record["step"]
+        if step % self._log_every == 0 or step in (1, self._steps):
+            self._board.write(step, {name: value for name, value in record.items() if name != "step"})
+            if load_LE is not None:
+                self._board.write(
+                    step, {f"layer_{i + 1}": float(m) for i, m in enumerate(load_LE.max(1))}, "largest_load"
+                )
+                record = {**record, "load": [[_round(share, 4) for share in load_E] for load_E in load_LE]}
+        self._metrics.write(record)
+        self._loss_sum += record["loss"]
+        self._bits_sum += record.get("bits_per_byte", 0.0)
+        self._since += 1
+        if self._progress.due(step):
+            # What has come since the last line, on average: single batches jump about.
+            mean = {"loss": self._loss_sum / self._since, "bits_per_byte": self._bits_sum / self._since}
+            self._progress.show(
+                record | {name: mean[name] for name in mean if name in record}, self.throughput, load_LE
+            )
+            self._loss_sum = self._bits_sum = 0.0
+            self._since = 0
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self.evaluated.add(record["step"])
+        if self._active:
+            self._evaluations.write(record)
+            self._board.write(record["step"], {"bits_per_byte": record["bits_per_byte"]}, "held_out")
+
+    def sync(self) -> None:
+        """Everything so far on the disk, before a checkpoint that counts on it."""
+        if self._active:
+            self._metrics.sync()
+            self._evaluations.sync()
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._metrics.close()
+            self._evaluations.close()
+            self._board.close()
+
+
+def _round(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
 def say_now(line: str) -> None:
     """One line on stdout, at once, even into a pipe."""
     print(line, flush=True)

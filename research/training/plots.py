@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib import colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,7 +16,7 @@ from research.training.metrics import read_lines, run_files
 
 INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563a8", "#d9730d", "#3a7d44"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -118,7 +119,6 @@ def load_figure(records: list[dict[str, Any]]) -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     norm = colors.TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanquantile(load_NLE * experts, 0.995))))
-    image = None
     edges = _edges(step)
     for panel, axes in enumerate(grid.flat):
         if panel >= shown.size:
@@ -126,7 +126,7 @@ def load_figure(records: list[dict[str, Any]]) -> Figure:
             continue
         layer = shown[panel]
         share = load_NLE[:, layer].T * experts
-        image = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, share, cmap="RdBu_r", norm=norm, rasterized=True)
+        axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, share, cmap="RdBu_r", norm=norm, rasterized=True)
         axes.set_title(f"MoE layer {layer + 1} of {layers}", fontsize=9, fontweight="normal", color=GREY)
         axes.grid(False)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -136,7 +136,7 @@ def load_figure(records: list[dict[str, Any]]) -> Figure:
         if panel + columns >= shown.size:
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
-    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(norm, "RdBu_r"), ax=grid, shrink=0.8, aspect=30, pad=0.02)
     bar.set_label("load / fair share")
     bar.outline.set_visible(False)
     return figure
