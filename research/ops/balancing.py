@@ -32,8 +32,12 @@ NORMALISATIONS = ("per_choice", "per_token")
         "dropped",
         "probability_E",
         "importance_E",
+        "smooth_load_E",
+        "visits_G",
         "z",
         "entropy",
+        "sequence_loss",
+        "sequences",
     ),
     meta_fields=(),
 )
@@ -48,8 +52,12 @@ class RouterStatistics:
       dropped: int32, assignments that capacity dropped.
       probability_E: router probabilities (scores normalised to sum 1 over experts).
       importance_E: weights of the assignments (Shazeer's importance).
+      smooth_load_E: probability of being chosen under fresh noise (`noisy_top_k`); the counts where there is none.
+      visits_G: int32, tokens with at least one assignment in each group of experts (a device, a host).
       z: logsumexp(logits)².
       entropy: −Σ p log p of the router probabilities, nats.
+      sequence_loss: the sequence-wise balance loss, summed over sequences.
+      sequences: int32, how many of them had a token.
     """
 
     tokens: Int[Array, "..."]
@@ -58,8 +66,12 @@ class RouterStatistics:
     dropped: Int[Array, "..."]
     probability_E: Float[Array, "... E"]
     importance_E: Float[Array, "... E"]
+    smooth_load_E: Float[Array, "... E"]
+    visits_G: Int[Array, "... G"]
     z: Float[Array, "..."]
     entropy: Float[Array, "..."]
+    sequence_loss: Float[Array, "..."]
+    sequences: Int[Array, "..."]
 
     @property
     def experts(self) -> int:
@@ -81,8 +93,26 @@ def router_statistics(
     mask_T: Bool[Array, "T"] | None = None,
     *,
     dropped: Int[Array, ""] | None = None,
+    smooth_load_TE: Float[Array, "T E"] | None = None,
+    groups: int = 1,
+    sequences: int | None = None,
 ) -> RouterStatistics:
-    """Statistics of one batch. mask_T: False at padding tokens, as given to the router."""
+    """Statistics of one batch, before capacity drops anything.
+
+    Args:
+      assignment: the router's.
+      mask_T: False at padding tokens, as given to the router.
+      dropped: what `limit_capacity` counted.
+      smooth_load_TE: what `noisy_top_k` returned.
+      groups: equal groups of experts, for the device and communication losses.
+      sequences: rows the tokens came from, T = sequences · length, for the sequence-wise loss; None leaves it out.
+
+    Raises:
+      ValueError: groups that don't divide the experts, sequences that don't divide the tokens.
+    """
+    experts = assignment.experts
+    if groups < 1 or experts % groups:
+        raise ValueError(f"groups is {groups}, it must divide the {experts} experts")
     live_T = jnp.ones(assignment.tokens, bool) if mask_T is None else mask_T
     probability_TE = jnp.where(live_T[:, None], probabilities(assignment.scores_TE), 0)
     logits_TE = jnp.where(live_T[:, None], assignment.logits_TE, 0)
@@ -95,6 +125,15 @@ def router_statistics(
         first_T = assignment.expert_A.reshape(assignment.tokens, assignment.per_token)[:, 0]
         first_counts_E = jnp.zeros(assignment.experts, jnp.int32).at[first_T].add(1, mode="drop")
     weight_A = assignment.weight_A
+    sequence_loss, sequences_seen = jnp.zeros_like(z_T[0]), jnp.zeros((), jnp.int32)
+    if sequences is not None:
+        sequence_loss, sequences_seen = _sequence_loss(assignment, probability_TE, live_T, sequences)
+    group_A = assignment.expert_A // (experts // groups)
+    if assignment.per_token is not None:
+        visited_TG = (group_A.reshape(assignment.tokens, -1, 1) == jnp.arange(groups)).any(1)
+    else:
+        visited_TG = jnp.zeros((assignment.tokens, groups), bool)
+        visited_TG = visited_TG.at[assignment.token_A, group_A].max(True, mode="drop")
     return RouterStatistics(
         tokens=live_T.sum(dtype=jnp.int32),
         counts_E=counts_E,
@@ -102,9 +141,30 @@ def router_statistics(
         dropped=jnp.zeros((), jnp.int32) if dropped is None else dropped.astype(jnp.int32),
         probability_E=probability_TE.sum(0),
         importance_E=jnp.zeros(assignment.experts, weight_A.dtype).at[assignment.expert_A].add(weight_A, mode="drop"),
+        smooth_load_E=counts_E.astype(z_T.dtype) if smooth_load_TE is None else smooth_load_TE.sum(0),
+        visits_G=visited_TG.sum(0, dtype=jnp.int32),
         z=z_T.sum(),
         entropy=-(positive_TE * jnp.log(positive_TE)).sum(),
+        sequence_loss=sequence_loss,
+        sequences=sequences_seen,
     )
+
+
+def _sequence_loss(assignment, probability_TE, live_T, sequences):
+    """Σ over sequences of Σ_i f_i P_i (DeepSeek-V3 eqs. 17-20): f from the K best **unbiased** scores."""
+    tokens, experts = probability_TE.shape
+    if sequences < 1 or tokens % sequences:
+        raise ValueError(f"sequences is {sequences}, it must divide the {tokens} tokens")
+    if assignment.per_token is None:
+        raise ValueError("sequences is given, but the assignment has no choices per token (expert choice)")
+    _, best_TK = jax.lax.top_k(jax.lax.stop_gradient(assignment.scores_TE), assignment.per_token)
+    chosen_TE = (best_TK[:, :, None] == jnp.arange(experts)).any(1) & live_T[:, None]
+    length_B = live_T.reshape(sequences, -1).sum(1)
+    share_BE = chosen_TE.reshape(sequences, -1, experts).sum(1) * experts / assignment.per_token
+    probability_BE = probability_TE.reshape(sequences, -1, experts).sum(1)
+    length_B1 = jnp.maximum(length_B, 1)[:, None].astype(probability_BE.dtype)
+    loss_B = (share_BE / length_B1 * (probability_BE / length_B1)).sum(-1)
+    return loss_B.sum(), (length_B > 0).sum(dtype=jnp.int32)
 
 
 def _tokens(statistics):
@@ -136,6 +196,53 @@ def switch_loss(
     return statistics.experts * (fraction_E * statistics.probability_E).sum(-1) / tokens
 
 
+def device_loss(statistics: RouterStatistics, groups: int) -> Float[Array, "..."]:
+    """Σ_d f'_d P'_d (DeepSeekMoE eqs. 15-17), without its coefficient: f' the mean of f = N·c/(K·T) over the experts of
+    group d, P' their summed probability. The expert-level loss of the same paper is `switch_loss`."""
+    fraction_E = _fraction(statistics.counts_E, statistics.probability_E.dtype) * statistics.experts
+    fraction_G = _by_group(fraction_E, groups).mean(-1)
+    probability_G = _by_group(statistics.probability_E, groups).sum(-1) / _tokens(statistics)[..., None]
+    return (fraction_G * probability_G).sum(-1)
+
+
+def communication_loss(statistics: RouterStatistics, top_groups: int) -> Float[Array, "..."]:
+    """Σ_d f''_d P''_d (DeepSeek-V2 eqs. 29-31), without its coefficient: f'' = D/(M·T)·(tokens sent to group d).
+
+    Groups are those `router_statistics` counted; top_groups is M, how many a token may visit.
+    """
+    groups = statistics.visits_G.shape[-1]
+    tokens = _tokens(statistics)[..., None]
+    sent_G = statistics.visits_G.astype(tokens.dtype) * groups / (top_groups * tokens)
+    return (sent_G * (_by_group(statistics.probability_E, groups).sum(-1) / tokens)).sum(-1)
+
+
+def _by_group(values_E, groups):
+    experts = values_E.shape[-1]
+    if groups < 1 or experts % groups:
+        raise ValueError(f"groups is {groups}, it must divide the {experts} experts")
+    return values_E.reshape(*values_E.shape[:-1], groups, experts // groups)
+
+
+def sequence_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
+    """DeepSeek-V3's sequence-wise balance loss, the mean over sequences, without its coefficient."""
+    return statistics.sequence_loss / jnp.maximum(statistics.sequences, 1)
+
+
+def importance_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
+    """CV² of the summed weights per expert (Shazeer et al. 2017 eq. 7), without its coefficient."""
+    return _squared_variation(statistics.importance_E)
+
+
+def load_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
+    """CV² of the smooth load per expert (Shazeer et al. 2017 eq. 11), without its coefficient."""
+    return _squared_variation(statistics.smooth_load_E)
+
+
+def _squared_variation(values_E):
+    mean_1 = values_E.mean(-1, keepdims=True)
+    return jnp.square(values_E / jnp.where(mean_1 > 0, mean_1, 1) - 1).mean(-1)
+
+
 def z_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
     """Mean of logsumexp(logits)² (ST-MoE eq. 5), without its coefficient."""
     return statistics.z / _tokens(statistics)
@@ -149,6 +256,31 @@ def update_bias(bias_E: Float[Array, "*L E"], counts_E: Int[Array, "*L E"], rate
     """
     counts_E = counts_E.astype(jnp.promote_types(bias_E.dtype, jnp.float32))
     return (bias_E + rate * jnp.sign(counts_E.mean(-1, keepdims=True) - counts_E)).astype(bias_E.dtype)
+
+
+def quantile_bias(
+    scores_TE: Float[Array, "T E"],
+    bias_E: Float[Array, "E"],
+    k: int,
+    *,
+    mask_T: Bool[Array, "T"] | None = None,
+) -> Float[Array, "E"]:
+    """Quantile balancing: the bias that would have let each expert win its share K/N of these tokens. No coefficient.
+
+    α_t is the (1 − K/N)-quantile over experts of s + b, each token's price of admission; the new b_i is minus the
+    (1 − K/N)-quantile over tokens of s_i − α_t.
+    """
+    experts = scores_TE.shape[1]
+    if not 1 <= k < experts:
+        raise ValueError(f"k is {k}, it must be at least 1 and below the {experts} experts")
+    level = 1 - k / experts
+    scores_TE = jax.lax.stop_gradient(scores_TE)
+    price_T = jnp.quantile(scores_TE + bias_E, level, axis=1)
+    margin_TE = scores_TE - price_T[:, None]
+    if mask_T is not None:
+        margin_TE = jnp.where(mask_T[:, None], margin_TE, jnp.nan)
+        return jnp.nan_to_num(-jnp.nanquantile(margin_TE, level, axis=0)).astype(bias_E.dtype)
+    return -jnp.quantile(margin_TE, level, axis=0).astype(bias_E.dtype)
 
 
 def load(statistics: RouterStatistics) -> Float[Array, "... E"]:

@@ -1,0 +1,61 @@
+"""Routing as a policy, trained by REINFORCE with a learned baseline (RL-R, Clark et al. 2022, arXiv 2202.01169)."""
+
+import jax
+import jax.numpy as jnp
+
+from research.axes import Array, Bool, Float
+from research.ops.routing.assignment import Assignment, from_choice, mask_logits, mask_scores
+
+
+def policy(
+    logits_TE: Float[Array, "T E"],
+    key: Array | None,
+    *,
+    gated: bool = False,
+    mask_T: Bool[Array, "T"] | None = None,
+) -> Assignment:
+    """One expert per token, sampled from softmax(logits); the most likely one without a key (evaluation).
+
+    gated: weight by the chosen expert's probability; otherwise weights are 1, and `policy_loss` is the router's only
+    training signal.
+    """
+    logits_TE = mask_logits(logits_TE, mask_T)
+    scores_TE = mask_scores(jax.nn.softmax(logits_TE, axis=-1), mask_T)
+    frozen_TE = jax.lax.stop_gradient(logits_TE)
+    expert_T = frozen_TE.argmax(-1) if key is None else jax.random.categorical(key, frozen_TE, axis=-1)
+    weight_T1 = jnp.take_along_axis(scores_TE, expert_T[:, None], axis=1)
+    weight_T1 = weight_T1 if gated else jnp.ones_like(weight_T1)
+    return from_choice(expert_T[:, None], weight_T1, scores_TE, logits_TE, mask_T=mask_T)
+
+
+def policy_loss(
+    assignment: Assignment,
+    reward_T: Float[Array, "T"],
+    baseline_T: Float[Array, "T"],
+    mask_T: Bool[Array, "T"] | None = None,
+) -> dict[str, Array]:
+    """Sums over live tokens of the pieces of REINFORCE; add them with coefficients, divided by the tokens.
+
+    reward_T: minus the token's next-token loss; no gradient flows into it. baseline_T: the learned prediction of it.
+
+    Returns:
+      policy: −Σ log π(choice)·(reward − baseline), gradient to the logits only.
+      baseline: Σ (baseline − reward)², gradient to the baseline only.
+      entropy: Σ H(π), a bonus: subtract it.
+    """
+    if assignment.per_token != 1:
+        raise ValueError(f"assignment has per_token = {assignment.per_token}, the policy's must be 1")
+    live_T = assignment.expert_A < assignment.experts
+    if mask_T is not None:
+        live_T = live_T & mask_T
+    log_TE = jax.nn.log_softmax(assignment.logits_TE, axis=-1)
+    safe_T1 = jnp.minimum(assignment.expert_A, assignment.experts - 1)[:, None]
+    log_T = jnp.take_along_axis(log_TE, safe_T1, axis=1)[:, 0]
+    reward_T = jax.lax.stop_gradient(jnp.where(live_T, reward_T, 0))
+    baseline_T = jnp.where(live_T, baseline_T, 0)
+    advantage_T = reward_T - jax.lax.stop_gradient(baseline_T)
+    return {
+        "policy": -jnp.where(live_T, log_T * advantage_T, 0).sum(),
+        "baseline": ((baseline_T - reward_T) ** 2).sum(),
+        "entropy": -jnp.where(live_T[:, None], jnp.exp(log_TE) * log_TE, 0).sum(),
+    }
