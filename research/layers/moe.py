@@ -12,7 +12,7 @@ from research.layers.context import Context
 from research.layers.mlp import MLP, MLPConfig
 from research.layers.parameters import normal, read
 from research.ops import balancing
-from research.ops.dispatch import combine, dispatch, group
+from research.ops.dispatch import expert_mlp, group, swiglu
 from research.ops.routing import top_k
 from research.sharding.mesh import P, declare, per_shard
 
@@ -109,11 +109,7 @@ class MoE(nnx.Module):
             logits_TE, c.per_token, score=c.score, renormalise=c.renormalise, scale=c.scale,
             bias_E=bias_E if c.bias_rate else None, mask_T=mask_T,
         )  # fmt: skip
-        groups = group(assignment)
-        in_MF = groups.matmul(dispatch(x_TD, groups), w_in_EDF)
-        gate_MF, up_MF = jnp.split(in_MF, 2, axis=-1)
-        hidden_MF = jax.nn.silu(gate_MF) * up_MF * groups.weight_M[:, None].astype(x_TD.dtype)
-        y_TD = combine(groups.matmul(hidden_MF, w_out_EFD), groups, weighted=True)
+        y_TD = expert_mlp(x_TD, w_in_EDF, w_out_EFD, group(assignment), activation=swiglu)
         return y_TD.reshape(x_BTD.shape), balancing.router_statistics(assignment, mask_T)
 
     def init_state(self, batch: int, max_length: int, dtype):

@@ -6,8 +6,11 @@ where only real tokens count: the taps reach back over the real tokens of the to
 segment, over the tail), and padding is skipped as if it were not there.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.axes import Array, Float, Int
 from research.ops.linear_attention.segments import real_and_reset
@@ -42,17 +45,73 @@ def causal_conv(
       ValueError: shapes that do not fit together, an unknown activation.
     """
     check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation)
-    B, T, D = x_BTD.shape
-    W = w_WD.shape[0]
-    if tail is None:
-        tail = jnp.zeros((B, W - 1, D), x_BTD.dtype)
-    tail = tail.astype(x_BTD.dtype)
-    if segment_ids is None:
+    B, _, D = x_BTD.shape
+    tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
+    return _causal_conv(activation, x_BTD, w_WD, bias_D, tail, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal_conv(activation, *arguments):
+    return _choose(activation, arguments[-1], lambda form: form(*arguments))
+
+
+def _forward(activation, *arguments):
+    return _causal_conv(activation, *arguments), arguments
+
+
+def _backward(activation, arguments, cotangents):
+    *floats, segment_ids = arguments
+
+    def pull(form):
+        return jax.vjp(lambda *floats: form(*floats, segment_ids), *floats)[1](cotangents)
+
+    ids_gradient = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
+    return *_choose(activation, segment_ids, pull), ids_gradient
+
+
+_causal_conv.defvjp(_forward, _backward)
+
+
+def _choose(activation, segment_ids_BT, run):
+    """``run`` the gathering form only where padding precedes a real token: shifts are several times faster, forwards
+    and backwards, and serve packed and right-padded rows. Only inputs are kept for the backward pass."""
+    shifting = functools.partial(_shifting, activation)
+    if segment_ids_BT is None:
+        return run(shifting)
+    real_BT = segment_ids_BT > 0
+    scattered = jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
+    return jax.lax.cond(scattered, lambda: run(functools.partial(_gathering, activation)), lambda: run(shifting))
+
+
+def _shifting(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
+    """For rows whose padding, if any, comes last."""
+    T, W = x_BTD.shape[1], w_WD.shape[0]
+    if segment_ids_BT is None:
         row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
-        y_BTD = _finish(sum(_tap(row_BSD[:, w : w + T], w_WD[w]) for w in range(W)), bias_D, activation, x_BTD.dtype)
-        return y_BTD, row_BSD[:, T:]
-    real_BT, reset_BT = real_and_reset(segment_ids)
-    # Work on the row with its padding squeezed out: token t is real token number rank[t] of the row.
+        y_BTD = sum(_tap(row_BSD[:, w : w + T], w_WD[w]) for w in range(W))
+        return _finish(y_BTD, bias_D, activation, x_BTD.dtype), row_BSD[:, T:]
+    real_BT = segment_ids_BT > 0
+    row_BSD = jnp.concatenate([tail, jnp.where(real_BT[..., None], x_BTD, 0)], axis=1)
+    # The tail is the first segment's.
+    ids_BS = jnp.concatenate([jnp.repeat(segment_ids_BT[:, :1], W - 1, axis=1), segment_ids_BT], axis=1)
+    y_BTD = 0
+    for w in range(W):
+        seen_BT = real_BT & (ids_BS[:, w : w + T] == segment_ids_BT)
+        y_BTD = y_BTD + jnp.where(seen_BT[..., None], _tap(row_BSD[:, w : w + T], w_WD[w]), 0)
+    y_BTD = jnp.where(real_BT[..., None], _finish(y_BTD, bias_D, activation, x_BTD.dtype), 0)
+    count_B1 = jnp.sum(real_BT, axis=1, dtype=jnp.int32, keepdims=True)
+    index_BW = count_B1 + jnp.arange(W - 1, dtype=jnp.int32)
+    last_B1 = jnp.take_along_axis(segment_ids_BT, jnp.maximum(count_B1 - 1, 0), axis=1)
+    of_last_BW = (jnp.take_along_axis(ids_BS, index_BW, axis=1) == last_B1) | (count_B1 == 0)
+    new_tail = jnp.take_along_axis(row_BSD, index_BW[..., None], axis=1)
+    return y_BTD, jnp.where(of_last_BW[..., None], new_tail, 0)
+
+
+def _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
+    """For padding anywhere: works on the row with its padding squeezed out."""
+    T, W = x_BTD.shape[1], w_WD.shape[0]
+    real_BT, reset_BT = real_and_reset(segment_ids_BT)
+    # Token t is real token number rank[t] of the row.
     rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
     order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
     x_BTD = jnp.where(real_BT[..., None], x_BTD, 0)
