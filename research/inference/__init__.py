@@ -1,0 +1,5 @@
+"""Text out of a model: a prompt read in the parallel form, new tokens decoded in the recurrent form."""
+
+from research.inference.generation import generate, stream
+
+__all__ = ["generate", "stream"]
