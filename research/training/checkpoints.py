@@ -41,8 +41,7 @@ class Checkpoints:
         self._keep, self._say = keep, say
         self._finishing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0 and self.folder.is_dir():
             for entry in self.folder.iterdir():
                 if entry.name.endswith((DELETING, UNFINISHED)):
                     shutil.rmtree(entry)
@@ -106,6 +105,7 @@ class Checkpoints:
         path = self.folder / str(step)
         if path.exists():
             raise FileExistsError(f"{path} exists already: a checkpoint is never overwritten")
+        self.folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, Any] = {"state": state}
         if iterator is not None:
             parts["data"] = iterator

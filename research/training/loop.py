@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from research.config import ConfigError, to_dict
@@ -24,7 +23,7 @@ from research.training.checkpoints import Checkpoints, read_about, read_tokenize
 from research.training.config import ExperimentConfig
 from research.training.evaluation import HeldOut, byte_lengths, evaluate
 from research.training.interrupts import Interrupts
-from research.training.metrics import Recorder, count, duration, say_now
+from research.training.metrics import Recorder, count, duration, round_to, say_now
 from research.training.optimizers import make_optimizer, schedule
 from research.training.runs import CACHE_FOLDER, check_changes, claim, placed, read_config, write_config
 from research.training.state import TrainState, create_state
@@ -101,7 +100,7 @@ class _Run:
     iterator: Iterator[dict[str, np.ndarray]]
     checkpoints: Checkpoints
     optimizer: Any
-    graphdef: nnx.GraphDef
+    graphdef: Any  # nnx.GraphDef
     state: TrainState
     step: int
     saved_step: int | None
@@ -183,10 +182,10 @@ class _Run:
         record = {"step": step, "loss": loss}
         counted = batch["targets_BT"][batch["loss_mask_BT"]]
         if size := int(self._bytes_of_id[counted].sum()):
-            record["bits_per_byte"] = _six_digits(loss / math.log(2) * counted.size / size)
-        record |= {"tokens": int(tokens), "tokens_per_second": _six_digits(recorder.throughput.step(tokens))}
-        record |= {"learning_rate": _six_digits(rate)}
-        record |= {name: _six_digits(value) for name, value in numbers.items()}
+            record["bits_per_byte"] = round_to(loss / math.log(2) * counted.size / size, 6)
+        record |= {"tokens": int(tokens), "tokens_per_second": round_to(recorder.throughput.step(tokens), 6)}
+        record |= {"learning_rate": round_to(rate, 6)}
+        record |= {name: round_to(value, 6) for name, value in numbers.items()}
         record["data_wait_seconds"] = round(waited, 6)
         recorder.step(record, load_LE)
         for name, value in (("loss", loss), ("grad_norm", numbers.get("grad_norm", 0.0))):
@@ -201,7 +200,7 @@ class _Run:
         recorder.sync()
         about = {"step": self.step, "config": to_dict(self.config), "corpus_hash": self.corpus.hash}
         tokenizer = self.corpus.tokenizer.to_json()
-        self.checkpoints.save(self.step, self.state, self.iterator, about=about, tokenizer=tokenizer)
+        self.checkpoints.save(self.step, vars(self.state), self.iterator, about=about, tokenizer=tokenizer)
         self.saved_step = self.step
 
     def _signal(self, interrupts: Interrupts | None) -> int | None:
@@ -292,7 +291,7 @@ def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Ca
         step = 0
     else:
         graphdef, abstract = _abstract_state(config, optimizer)
-        state = checkpoints.restore(newest, abstract, iterator)
+        state = TrainState(**checkpoints.restore(newest, abstract, iterator))
         step = int(newest.name)
         say(f"resuming from step {step}{': ' + '; '.join(changed) if changed else ''}")
     say(f"model: {count(float(_size(state.params)))} parameters on {_devices(mesh)}")
@@ -304,17 +303,17 @@ def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Ca
     )  # fmt: skip
 
 
-def _abstract_state(config: ExperimentConfig, optimizer) -> tuple[nnx.GraphDef, TrainState]:
-    """The graph definition, and the state's shapes and shardings, without computing anything."""
+def _abstract_state(config: ExperimentConfig, optimizer) -> tuple[Any, dict[str, Any]]:
+    """The graph definition, and the fields of the state as shapes with shardings; computes nothing."""
     made = []
 
     def make():
         graphdef, state = create_state(config.model, optimizer, config.train.seed)
         made.append(graphdef)
-        return state
+        return vars(state)
 
-    state = jax.eval_shape(make)
-    return made[0], placed(state)
+    shapes = jax.eval_shape(make)
+    return made[0], placed(shapes)
 
 
 def _mesh(config: ExperimentConfig) -> jax.sharding.Mesh:
@@ -348,10 +347,6 @@ def _draw(path: Path, say: Callable[[str], None]) -> None:
 
 def _size(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _say_nothing(line: str) -> None:

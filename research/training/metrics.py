@@ -101,6 +101,7 @@ class Throughput:
         self._last = time.monotonic() if now is None else now
         self.smooth = 0.0
         self.seconds_per_step = 0.0
+        self.steps = 0
         self._weight = 0.0
 
     def step(self, tokens: float, now: float | None = None) -> float:
@@ -111,6 +112,7 @@ class Throughput:
         mix = (1 - keep) / self._weight  # the first step counts in full: no bias towards zero
         self.seconds_per_step += mix * (seconds - self.seconds_per_step)
         self.smooth += mix * (tokens / seconds - self.smooth)
+        self.steps += 1
         return tokens / seconds
 
     def pause(self, seconds: float) -> None:
@@ -141,7 +143,7 @@ class Progress:
             f"loss {record['loss']:.4f}",
             f"{record['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in record else "",
             f"{count(speed.smooth)} tokens/s",
-            f"{duration((self._steps - step) * speed.seconds_per_step)} left" if step < self._steps else "done",
+            self._left(step, speed),
         ]
         if load_LE is not None and np.size(load_LE):
             busiest = float(np.max(load_LE) * np.shape(load_LE)[-1])
@@ -149,6 +151,12 @@ class Progress:
             if record.get("dead_experts"):
                 parts.append(f"{record['dead_experts']:.0f} dead")
         self._say("  ".join(part for part in parts if part))
+
+    def _left(self, step: int, speed: Throughput) -> str:
+        if step >= self._steps:
+            return "done"
+        # The first steps of a process are no measure: caches are cold.
+        return f"{duration((self._steps - step) * speed.seconds_per_step)} left" if speed.steps > 3 else ""
 
 
 class Recorder:
@@ -192,7 +200,7 @@ class Recorder:
                 self._board.write(
                     step, {f"layer_{i + 1}": float(m) for i, m in enumerate(load_LE.max(1))}, "largest_load"
                 )
-                record = {**record, "load": [[_round(share, 4) for share in load_E] for load_E in load_LE]}
+                record = {**record, "load": [[round_to(share, 4) for share in load_E] for load_E in load_LE.tolist()]}
         self._metrics.write(record)
         self._loss_sum += record["loss"]
         self._bits_sum += record.get("bits_per_byte", 0.0)
@@ -226,7 +234,8 @@ class Recorder:
             self._board.close()
 
 
-def _round(value: float, digits: int) -> float:
+def round_to(value: float, digits: int) -> float:
+    """``value`` to so many significant digits: shorter lines."""
     return float(f"{value:.{digits}g}")
 
 
