@@ -10,7 +10,7 @@ from flax import nnx
 from research.axes import Array, Float
 from research.layers.context import Context
 from research.layers.norms import RMSNorm, RMSNormConfig
-from research.layers.parameters import normal, read
+from research.layers.parameters import normal, project, read
 from research.ops.attention import attention
 from research.ops.rope import rope
 from research.sharding.mesh import P, per_shard
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, state: KeyValueCache | None, context: Context):
         c = self.config
         B, T, _ = x_BTD.shape
-        in_BTN = x_BTD @ read(self.w_in_DN, x_BTD.dtype)
+        in_BTN = project(x_BTD, read(self.w_in_DN, x_BTD.dtype))
         qg_BTN, k_BTN, v_BTN = jnp.split(in_BTN, [self.q_width, self.q_width + c.key_heads * c.head_width], axis=-1)
         q_BTHK = qg_BTN.reshape(B, T, c.heads, -1)
         q_BTHK, gate_BTHK = jnp.split(q_BTHK, 2, axis=-1) if c.gated else (q_BTHK, None)
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         o_BTHK, state = per_shard(lambda batched, _: _attend(*batched), call)
         if gate_BTHK is not None:
             o_BTHK = o_BTHK * jax.nn.sigmoid(gate_BTHK)
-        return o_BTHK.reshape(B, T, -1) @ read(self.w_out_ND, x_BTD.dtype), state, None
+        return project(o_BTHK.reshape(B, T, -1), read(self.w_out_ND, x_BTD.dtype)), state, None
 
     def init_state(self, batch: int, max_length: int, dtype) -> KeyValueCache:
         shape = (batch, max_length, self.config.key_heads, self.config.head_width)

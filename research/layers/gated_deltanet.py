@@ -10,7 +10,7 @@ from flax import nnx
 from research.axes import Array, Float
 from research.layers.context import Context
 from research.layers.norms import RMSNormConfig
-from research.layers.parameters import constant, normal, read
+from research.layers.parameters import constant, normal, project, read
 from research.ops.causal_conv import causal_conv
 from research.ops.linear_attention import linear_attention, linear_attention_step
 from research.ops.norms import l2_norm
@@ -77,16 +77,16 @@ class GatedDeltaNet(nnx.Module):
         B, T, _ = x_BTD.shape
         c, dtype = self.config, x_BTD.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        beta_BTH, decay_BTH = jnp.split((x_BTD @ read(self.w_ba_DN, dtype)).astype(wide), 2, axis=-1)
+        beta_BTH, decay_BTH = jnp.split(project(x_BTD, read(self.w_ba_DN, dtype)).astype(wide), 2, axis=-1)
         dt_BTH = jax.nn.softplus(decay_BTH + read(self.dt_bias_H, wide))
         log_decay_BTH = -jnp.exp(read(self.log_rate_H, wide)) * dt_BTH
         batched = (
-            x_BTD @ read(self.w_qkv_DN, dtype), log_decay_BTH, jax.nn.sigmoid(beta_BTH), state, context.segment_ids_BT
+            project(x_BTD, read(self.w_qkv_DN, dtype)), log_decay_BTH, jax.nn.sigmoid(beta_BTH), state, context.segment_ids_BT
         )  # fmt: skip
         o_BTHV, state = per_shard(self._mix, batched, read(self.w_conv_WN, dtype))
-        gate_BTHV = (x_BTD @ read(self.w_gate_DN, dtype)).reshape(B, T, c.heads, c.value_width)
+        gate_BTHV = project(x_BTD, read(self.w_gate_DN, dtype)).reshape(B, T, c.heads, c.value_width)
         o_BTHV = self.norm(o_BTHV) * jax.nn.silu(gate_BTHV)
-        return o_BTHV.reshape(B, T, -1) @ read(self.w_out_ND, dtype), state, None
+        return project(o_BTHV.reshape(B, T, -1), read(self.w_out_ND, dtype)), state, None
 
     def _mix(self, batched, w_conv_WN):
         qkv_BTN, log_decay_BTH, beta_BTH, state, segment_ids_BT = batched

@@ -10,7 +10,7 @@ from flax import nnx
 from research.axes import Array
 from research.layers.context import Context
 from research.layers.mlp import MLP, MLPConfig
-from research.layers.parameters import normal, read
+from research.layers.parameters import normal, project, read
 from research.ops import balancing
 from research.ops.dispatch import expert_mlp, group, swiglu
 from research.ops.routing import top_k
@@ -94,7 +94,7 @@ class MoE(nnx.Module):
         if self.shared is not None:
             shared_BTD, _, _ = self.shared(x_BTD)
             if self.w_shared_gate_D1 is not None:
-                shared_BTD = shared_BTD * jax.nn.sigmoid(x_BTD @ read(self.w_shared_gate_D1, dtype))
+                shared_BTD = shared_BTD * jax.nn.sigmoid(project(x_BTD, read(self.w_shared_gate_D1, dtype)))
             y_BTD = y_BTD + shared_BTD
         return y_BTD, state, statistics
 

@@ -94,7 +94,9 @@ class LanguageModel(nnx.Module):
         """The head on normalised hidden states; float32 or wider."""
         tied = self.head_DV is None
         head_DV = read(self.embedding_VD, x_BTD.dtype).T if tied else read(self.head_DV, x_BTD.dtype)
-        return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NV = jnp.matmul(x_ND, head_DV, preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+        return logits_NV.reshape(*x_BTD.shape[:-1], -1)
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> Cache:
         """An empty cache for ``batch`` rows of up to ``max_length`` tokens; attention's keys and values are stored in
