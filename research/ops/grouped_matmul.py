@@ -2,11 +2,14 @@
 
 Rows of ``x_MK`` come sorted by group, ``group_sizes_E[e]`` of them for expert e, and each group meets its own
 ``w_EKN[e]``. The XLA form cuts the rows into tiles that never straddle two groups, so that the whole is one batched
-matrix product over tiles; its cost follows M, not the number of experts. (``jax.lax.ragged_dot`` is expanded to a
-dense product over every expert on CPU and CUDA.) Axes besides the glossary's: I tiles, C rows of one tile.
+matrix product over tiles; its cost follows M, not the number of experts. Where no group needs more than its share of the
+padded rows, groups get equal shares, and the batched product runs over experts directly. (``jax.lax.ragged_dot`` is expanded to a
+dense product over every expert on CPU and CUDA.) Axes besides the glossary's: P padded rows,
+I tiles, C rows of one tile.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +22,35 @@ _KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_inte
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """Rows of one tile: a power of two in [8, 128], about a quarter of a mean group.
+    """Rows of one tile: the power of two nearest 5·√(mean group), in [8, 256].
 
-    Every group wastes half a tile on average, and small tiles waste the matrix unit: measured on CPU, 64 and 128 rows
-    are within 15 % of one another for groups of 512.
+    Every group wastes half a tile on average, while every tile reads a matrix of its own and adds one to the gradient:
+    the sum of both is least near a multiple of the root.
     """
-    mean = max(rows // max(groups, 1), 1)
-    return int(min(128, max(8, 2 ** round(np.log2(mean / 4)))))
+    mean = max(rows / max(groups, 1), 1)
+    return int(min(256, max(8, 2 ** round(np.log2(5 * mean**0.5)))))
 
 
 def aligned_rows(rows: int, groups: int, alignment: int) -> int:
-    """The fewest rows that hold `rows` rows in `groups` groups, each padded to a multiple of `alignment`, at worst."""
-    return (rows + min(groups, rows) * (alignment - 1)) // alignment * alignment
+    """Rows enough for `rows` rows in `groups` groups under any load, each group padded to a multiple of `alignment`.
+
+    Where a group is likely to have rows at all, groups × an equal share, so that `padded_sizes` may deal them evenly.
+    """
+    worst = (rows + min(groups, rows) * (alignment - 1)) // alignment * alignment
+    if rows < 4 * groups:
+        return worst
+    step = alignment // math.gcd(groups, alignment)
+    step = math.lcm(step, 8)
+    return groups * (-(-worst // (groups * step)) * step)
+
+
+def padded_sizes(counts_E: Int[Array, "E"], rows: int, alignment: int) -> Int[Array, "E"]:
+    """Rows to give each group out of `aligned_rows`: equal shares if they are enough for all, else padded counts."""
+    groups = counts_E.shape[0]
+    padded_E = -(-counts_E // alignment) * alignment
+    if rows % groups:
+        return padded_E
+    return jnp.where((counts_E <= rows // groups).all(), rows // groups, padded_E)
 
 
 def grouped_matmul(
@@ -48,8 +68,9 @@ def grouped_matmul(
       w_EKN: one matrix per group; taken in x's dtype.
       group_sizes_E: rows of each group, sum ≤ M. Rows past the sum are ignored (NaN included): they come out zero and
         have zero gradient.
-      alignment: a promise that M and every group size are multiples of it (see `research.ops.dispatch`). Tiles of that
-        many rows then need no gathering. What breaks the promise is undefined.
+      alignment: above 1 a promise that M is a multiple of it, and that the group sizes are as well or are all M / E
+        (see `padded_sizes`). Nothing is gathered then: equal groups are one batched product over experts, others one
+        over tiles of that many rows. What breaks the promise is undefined.
       implementation: 'tiled' (XLA, any platform), 'ragged_dot' (XLA's own), 'dense' (every row against every expert:
         the definition), or None: chosen per platform when lowered.
 
@@ -139,66 +160,82 @@ def _einsum(spec, a, b):
 # --- tiled ----------------------------------------------------------------------------------------------------------
 
 
+def _tiled(even, tiles, pack):
+    """A leg over any rows, from one over groups of equal size and one over groups that start on tiles.
+
+    pack says which of the two operands are rows.
+    """
+
+    def aligned(a, b, sizes_E, alignment, clean):
+        if a.shape[0] % sizes_E.shape[0]:
+            return tiles(a, b, sizes_E, alignment, clean)
+        same = (sizes_E == a.shape[0] // sizes_E.shape[0]).all()
+        return jax.lax.cond(same, even, functools.partial(tiles, alignment=alignment, clean=clean), a, b, sizes_E)
+
+    def padded(a, b, sizes_E):
+        rows, groups = a.shape[0], sizes_E.shape[0]
+        alignment = tile_rows(rows, groups)
+        room = aligned_rows(rows, groups, alignment)
+        padded_E = padded_sizes(sizes_E, room, alignment)
+        expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
+        shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
+        row_M = jnp.arange(rows, dtype=jnp.int32)
+        slot_M = jnp.where(expert_M < groups, row_M + shift_E[jnp.minimum(expert_M, groups - 1)], room)
+        row_P = jnp.full(room, rows, jnp.int32).at[slot_M].set(row_M, mode="drop", unique_indices=True)
+        a, b = (
+            x.at[row_P].get(mode="fill", fill_value=0) if is_rows else x
+            for x, is_rows in zip((a, b), pack, strict=True)
+        )
+        result = aligned(a, b, padded_E, alignment, True)
+        return result if all(pack) else result.at[slot_M].get(mode="fill", fill_value=0)
+
+    def leg(a, b, sizes_E, *, alignment, clean):
+        if alignment > 1:
+            return aligned(a, b, sizes_E, alignment, clean)
+        if a.shape[0] % sizes_E.shape[0]:
+            return padded(a, b, sizes_E)
+        same = (sizes_E == a.shape[0] // sizes_E.shape[0]).all()
+        return jax.lax.cond(same, even, padded, a, b, sizes_E)
+
+    return leg
+
+
 def _tile_experts(sizes_E, tile, tiles):
-    """Expert of each tile (E past the last group), when every group starts on a tile."""
-    ends_E = jnp.cumsum(-(-sizes_E // tile))
+    """Expert of each tile; E past the last group."""
+    ends_E = jnp.cumsum(sizes_E // tile)
     return jnp.searchsorted(ends_E, jnp.arange(tiles), side="right", method="compare_all").astype(jnp.int32)
 
 
-def _tile_map(sizes_E, rows, tile):
-    """Row of each tile slot (`rows` for an empty slot), tile slot of each row, expert of each tile."""
-    groups = sizes_E.shape[0]
-    tiles = aligned_rows(rows, groups, tile) // tile
-    expert_I = _tile_experts(sizes_E, tile, tiles)
-    tiles_E = -(-sizes_E // tile)
-    start_E = jnp.cumsum(sizes_E) - sizes_E
-    first_E = jnp.cumsum(tiles_E) - tiles_E
-    safe_I = jnp.minimum(expert_I, groups - 1)
-    index_IC = (jnp.arange(tiles) - first_E[safe_I])[:, None] * tile + jnp.arange(tile)[None]
-    filled_IC = (index_IC < sizes_E[safe_I][:, None]) & (expert_I < groups)[:, None]
-    row_IC = jnp.where(filled_IC, start_E[safe_I][:, None] + index_IC, rows)
-    expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
-    safe_M = jnp.minimum(expert_M, groups - 1)
-    slot_M = first_E[safe_M] * tile + jnp.arange(rows) - start_E[safe_M]
-    return row_IC, jnp.where(expert_M < groups, slot_M, tiles * tile), expert_I
+def _even_product(x_MK, w_EKN, sizes_E, *, spec):
+    return _einsum(spec, x_MK.reshape(sizes_E.shape[0], -1, x_MK.shape[1]), w_EKN).reshape(x_MK.shape[0], -1)
 
 
-def _tiles(x_MK, row_IC):
-    return x_MK.at[row_IC].get(mode="fill", fill_value=0)
+def _tile_product(x_PK, w_EKN, sizes_E, alignment, clean, *, spec):
+    rows, groups = x_PK.shape[0], sizes_E.shape[0]
+    expert_I = _tile_experts(sizes_E, alignment, rows // alignment)
+    y_ICN = _einsum(spec, x_PK.reshape(-1, alignment, x_PK.shape[1]), w_EKN[jnp.minimum(expert_I, groups - 1)])
+    if not clean:
+        y_ICN = jnp.where((expert_I < groups)[:, None, None], y_ICN, 0)
+    return y_ICN.reshape(rows, -1)
 
 
-def _untile(y_ICN, slot_M):
-    return y_ICN.reshape(-1, y_ICN.shape[-1]).at[slot_M].get(mode="fill", fill_value=0)
+def _block_outer(x_MK, dy_MN, rows):
+    """One outer product per block of rows."""
+    x_ICK, dy_ICN = (a.reshape(-1, rows, a.shape[1]) for a in (x_MK, dy_MN))
+    outer = functools.partial(jnp.einsum, "ica,icb->iab", preferred_element_type=_accumulator(x_MK, dy_MN))
+    # XLA on CPU transposes the first operand in memory: let it be the narrower one.
+    return outer(x_ICK, dy_ICN) if x_MK.shape[1] <= dy_MN.shape[1] else outer(dy_ICN, x_ICK).swapaxes(1, 2)
 
 
-def _tiled_product(x_MK, w_EKN, sizes_E, *, alignment, clean, spec="ick,ikn->icn"):
-    rows, groups = x_MK.shape[0], sizes_E.shape[0]
-    if alignment > 1:
-        x_ICK = x_MK.reshape(-1, alignment, x_MK.shape[1])
-        expert_I = _tile_experts(sizes_E, alignment, x_ICK.shape[0])
-        y_ICN = _einsum(spec, x_ICK, w_EKN[jnp.minimum(expert_I, groups - 1)])
-        if not clean:
-            y_ICN = jnp.where((expert_I < groups)[:, None, None], y_ICN, 0)
-        return y_ICN.reshape(rows, -1)
-    row_IC, slot_M, expert_I = _tile_map(sizes_E, rows, tile_rows(rows, groups))
-    return _untile(_einsum(spec, _tiles(x_MK, row_IC), w_EKN[jnp.minimum(expert_I, groups - 1)]), slot_M)
+def _even_outer(x_MK, dy_MN, sizes_E):
+    return _block_outer(x_MK, dy_MN, x_MK.shape[0] // sizes_E.shape[0]).astype(x_MK.dtype)
 
 
-def _tiled_outer(x_MK, dy_MN, sizes_E, *, alignment, clean):
-    rows, groups = x_MK.shape[0], sizes_E.shape[0]
-    if alignment > 1:
-        x_ICK, dy_ICN = (a.reshape(-1, alignment, a.shape[1]) for a in (x_MK, dy_MN))
-        expert_I = _tile_experts(sizes_E, alignment, x_ICK.shape[0])
-    else:
-        row_IC, _, expert_I = _tile_map(sizes_E, rows, tile_rows(rows, groups))
-        x_ICK, dy_ICN = _tiles(x_MK, row_IC), _tiles(dy_MN, row_IC)
-    # The narrower operand goes first: XLA on CPU transposes the first one in memory.
-    wide = x_MK.shape[1] > dy_MN.shape[1]
-    operands = (dy_ICN, x_ICK) if wide else (x_ICK, dy_ICN)
-    dw_IKN = jnp.einsum("ica,icb->iab", *operands, preferred_element_type=_accumulator(*operands))
+def _tile_outer(x_PK, dy_PN, sizes_E, alignment, clean):
+    expert_I = _tile_experts(sizes_E, alignment, x_PK.shape[0] // alignment)
+    dw_IKN = _block_outer(x_PK, dy_PN, alignment)
     # Tiles past the last group have id E: dropped, NaN included.
-    dw_EKN = jax.ops.segment_sum(dw_IKN, expert_I, groups, indices_are_sorted=True).astype(x_MK.dtype)
-    return dw_EKN.swapaxes(1, 2) if wide else dw_EKN
+    return jax.ops.segment_sum(dw_IKN, expert_I, sizes_E.shape[0], indices_are_sorted=True).astype(x_PK.dtype)
 
 
 # --- ragged_dot -----------------------------------------------------------------------------------------------------
@@ -253,16 +290,19 @@ def _dense_outer(x_MK, dy_MN, sizes_E, *, alignment, clean):
     return jnp.einsum("mek,mn->ekn", x_MEK, _live(dy_MN, sizes_E, clean)).astype(x_MK.dtype)
 
 
-def _transposed(product, *, spec=None):
-    if spec:
-        return functools.partial(product, spec=spec)
+def _tiled_product(spec):
+    even, tiles = (functools.partial(leg, spec=spec) for leg in (_even_product, _tile_product))
+    return _tiled(even, tiles, (True, False))
+
+
+def _transposed(product):
     return lambda dy_MN, w_EKN, sizes_E, **options: product(dy_MN, w_EKN.swapaxes(1, 2), sizes_E, **options)
 
 
 _LEGS = {
-    ("tiled", "product"): _tiled_product,
-    ("tiled", "transposed"): _transposed(_tiled_product, spec="icn,ikn->ick"),
-    ("tiled", "outer"): _tiled_outer,
+    ("tiled", "product"): _tiled_product("ick,ikn->icn"),
+    ("tiled", "transposed"): _tiled_product("icn,ikn->ick"),
+    ("tiled", "outer"): _tiled(_even_outer, _tile_outer, (True, True)),
     ("ragged_dot", "product"): _ragged_product,
     ("ragged_dot", "transposed"): _transposed(_ragged_product),
     ("ragged_dot", "outer"): _ragged_outer,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.ops.grouped_matmul import aligned_rows, grouped_matmul, tile_rows
+from research.ops.grouped_matmul import aligned_rows, grouped_matmul, padded_sizes, tile_rows
 from tests.ops import moe_oracle
 
 IMPLEMENTATIONS = ("tiled", "ragged_dot", "dense", None)
@@ -99,8 +99,9 @@ def test_cost_follows_rows_not_experts():
         arguments += [jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((rows, columns), jnp.float32)]
         return forward_and_backward.lower(*arguments, implementation="tiled").compile().cost_analysis()["flops"]
 
+    # The three ways (equal, evenly padded, tiled) are all counted, though one of them runs.
     ideal = 3 * 2 * 4096 * 64 * 64
-    assert flops(8) < 1.5 * ideal and flops(64) < 1.5 * ideal
+    assert flops(8) < 3 * 1.25 * ideal and flops(64) < 3 * 1.5 * ideal
 
 
 def test_platform_is_chosen_when_lowered():
@@ -140,11 +141,24 @@ def test_refusals():
 
 
 def test_worst_case_rows():
-    for rows, groups, alignment in ((10, 3, 4), (1, 8, 16), (64, 4, 8), (0, 3, 8)):
-        worst = 0
+    for rows, groups, alignment in ((10, 3, 4), (1, 8, 16), (64, 4, 8), (0, 3, 8), (33, 3, 16)):
+        room = aligned_rows(rows, groups, alignment)
+        assert room % alignment == 0 and (rows < 4 * groups or room % groups == 0)
         for cuts in itertools.combinations_with_replacement(range(rows + 1), groups - 1):
             edges = (0, *cuts, rows)
-            worst = max(worst, sum(-(-(b - a) // alignment) * alignment for a, b in itertools.pairwise(edges)))
-        assert aligned_rows(rows, groups, alignment) >= worst
-        assert aligned_rows(rows, groups, alignment) == worst or rows > 50
-    assert tile_rows(1, 64) == 8 and tile_rows(2**20, 4) == 128
+            assert sum(-(-(b - a) // alignment) * alignment for a, b in itertools.pairwise(edges)) <= room
+    assert tile_rows(1, 64) == 8 and tile_rows(2**20, 4) == 256
+
+
+def test_groups_share_evenly_when_they_can():
+    room = aligned_rows(64, 4, 8)
+    np.testing.assert_array_equal(padded_sizes(jnp.array([20, 10, 20, 14]), room, 8), room // 4)
+    np.testing.assert_array_equal(padded_sizes(jnp.array([64, 0, 0, 0]), room, 8), [64, 0, 0, 0])
+    np.testing.assert_array_equal(padded_sizes(jnp.array([1, 0, 2]), aligned_rows(3, 3, 8) + 8, 8), [8, 0, 8])
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16, 16), (20, 10, 20, 14)])
+def test_even_shares_equal_the_loop(sizes):
+    check(*arrays(2, 64, 4)[:2], sizes, arrays(2, 64, 4)[2])
+    if sizes == (16, 16, 16, 16):
+        check(*arrays(2, 64, 4)[:2], sizes, arrays(2, 64, 4)[2], alignment=8)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.axes import Array, Float, Int
-from research.ops.grouped_matmul import aligned_rows, grouped_matmul, tile_rows
+from research.ops.grouped_matmul import aligned_rows, grouped_matmul, padded_sizes, tile_rows
 from research.ops.routing.assignment import Assignment
 
 
@@ -30,7 +30,7 @@ class Groups:
     """Rows sorted by expert.
 
     Attributes:
-      sizes_E: rows of each expert, padding rows included: multiples of `alignment`.
+      sizes_E: rows of each expert, padding rows included: multiples of `alignment`, or all M / E.
       token_M: token of each row; T at padding rows.
       assignment_M: assignment of each row; A at padding rows.
       row_A: row of each assignment; M where its expert is none.
@@ -57,18 +57,22 @@ class Groups:
 
 
 def _sort_by_expert(expert_A, experts):
-    """Assignments in order of expert, first come first. One packed key sorts faster than key and value."""
+    """Assignments in order of expert, first come first, and the expert of each place. One packed key sorts faster than
+    key and value."""
     count = expert_A.shape[0]
     if (experts + 1) * count < 2**31:
-        return jnp.sort(expert_A * count + jnp.arange(count, dtype=jnp.int32)) % count
-    return jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+        packed_A = jnp.sort(expert_A * count + jnp.arange(count, dtype=jnp.int32))
+        return packed_A % count, packed_A // count
+    order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+    return order_A, expert_A[order_A]
 
 
 def group(assignment: Assignment, alignment: int | None = None, *, capacity: int | None = None) -> Groups:
-    """Sorts assignments by expert into rows, each expert's padded to a multiple of `alignment`.
+    """Sorts assignments by expert into rows, each expert's padded to a multiple of `alignment`, or to equal shares of
+    the rows where those are enough (`padded_sizes`).
 
-    alignment None chooses a tile that suits the mean group. The number of rows M is static: the worst case over all
-    loads, A + E·(alignment − 1) rounded down to a multiple.
+    alignment None chooses a tile that suits the mean group. The number of rows M is static, the worst case over all
+    loads: at least A + E·(alignment − 1) rounded down to a multiple.
 
     capacity: every expert has exactly that many rows, M = E·capacity, whatever its load; an expert with more
     assignments than that loses the last ones. Give it what `limit_capacity` returned for the same capacity, which
@@ -85,21 +89,18 @@ def group(assignment: Assignment, alignment: int | None = None, *, capacity: int
     if alignment < 1:
         raise ValueError(f"alignment is {alignment}, it must be at least 1")
     rows = aligned_rows(count, experts, alignment) if capacity is None else experts * capacity
-    order_A = _sort_by_expert(assignment.expert_A, experts)
+    order_A, sorted_A = _sort_by_expert(assignment.expert_A, experts)
     counts_E = assignment.counts_E()
-    sizes_E = -(-counts_E // alignment) * alignment if capacity is None else jnp.full(experts, capacity, jnp.int32)
-    first_E, start_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(counts_E) - counts_E
-    # Per tile first: rows of one tile share their expert.
-    tiles = rows // alignment
-    expert_I = jnp.searchsorted(first_E + sizes_E, jnp.arange(tiles) * alignment, side="right", method="compare_all")
-    safe_I = jnp.minimum(expert_I, experts - 1)
-    index_IC = (jnp.arange(tiles) * alignment - first_E[safe_I])[:, None] + jnp.arange(alignment)
-    filled_IC = (index_IC < counts_E[safe_I][:, None]) & (expert_I < experts)[:, None]
-    filled_M = filled_IC.reshape(-1)
-    place_M = (index_IC + start_E[safe_I][:, None]).reshape(-1)
-    assignment_M = jnp.where(filled_M, order_A[jnp.where(filled_M, place_M, 0)], count)
-    row_A = jnp.full(count, rows, jnp.int32)
-    row_A = row_A.at[assignment_M].set(jnp.arange(rows, dtype=jnp.int32), mode="drop", unique_indices=True)
+    if capacity is None:
+        sizes_E = padded_sizes(counts_E, rows, alignment)
+    else:
+        sizes_E = jnp.full(experts, capacity, jnp.int32)
+    safe_A = jnp.minimum(sorted_A, experts - 1)
+    index_A = jnp.arange(count, dtype=jnp.int32) - (jnp.cumsum(counts_E) - counts_E)[safe_A]
+    slot_A = (jnp.cumsum(sizes_E) - sizes_E)[safe_A] + index_A
+    slot_A = jnp.where((sorted_A < experts) & (index_A < sizes_E[safe_A]), slot_A, rows).astype(jnp.int32)
+    assignment_M = jnp.full(rows, count, jnp.int32).at[slot_A].set(order_A, mode="drop", unique_indices=True)
+    row_A = jnp.zeros(count, jnp.int32).at[order_A].set(slot_A, unique_indices=True)
     return Groups(
         sizes_E=sizes_E,
         token_M=assignment.token_A.at[assignment_M].get(mode="fill", fill_value=assignment.tokens),
