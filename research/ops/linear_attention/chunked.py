@@ -14,7 +14,7 @@ from research.ops.linear_attention import channel_gates, state, token_gates
 def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, chunk_size, chunks, save):
     """Returns (o_BTHV, state_BHKV, saved); ``saved`` is (states, inverses) by block, or None unless ``save``."""
     gates = _gates(g_BTH)
-    B, T, H, V = v_BTHV.shape
+    B, T, H, _ = v_BTHV.shape
     C, J, dtype = chunk_size, chunks, state_BHKV.dtype
     xs = jax.tree.map(lambda x: _pad(x, C * J), (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH))
     padded = xs[2].shape[1]
@@ -27,7 +27,7 @@ def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, chunk
         o_BTHV = _store(o_BTHV, scale * state.read(chunk, u, S_JMKV), block)
         return (next_MKV, o_BTHV), (S_MKV, chunk.X) if save else None
 
-    o_BTHV = jnp.zeros((B, padded, H, V), v_BTHV.dtype)
+    o_BTHV = jnp.zeros_like(xs[2])
     S_MKV = state_BHKV.reshape(-1, *state_BHKV.shape[2:])
     (S_MKV, o_BTHV), saved = jax.lax.scan(body, (S_MKV, o_BTHV), jnp.arange(padded // (C * J), dtype=jnp.int32))
     return o_BTHV[:, :T], S_MKV.reshape(state_BHKV.shape), saved

@@ -1,15 +1,15 @@
 """The public functions: argument checks, segments, and the choice of an implementation."""
 
-import functools
 import numbers
 
 import jax.numpy as jnp
 
 from research.axes import Array, Float, Int
 from research.ops.linear_attention import segments
-from research.ops.linear_attention.choice import Plan, attend
+from research.ops.linear_attention.choice import Plan, attend, chunks_per_block, tuned
 from research.ops.linear_attention.quadratic import quadratic
 from research.ops.linear_attention.recurrent import recurrent, step
+from research.ops.linear_attention.varying import vary_alike
 
 _KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 IMPLEMENTATIONS = ("recurrent", "quadratic", "chunked", *_KERNELS)
@@ -61,7 +61,7 @@ def linear_attention(
     scale = check_scale(scale)
     B, T, H, V = v_BTHV.shape
     K = k_BTGK.shape[-1]
-    dtype = _state_dtype(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state)
+    dtype = state_dtype(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state)
     if initial_state is None:
         state_BHKV = jnp.zeros((B, H, K, V), dtype)
     else:
@@ -73,11 +73,11 @@ def linear_attention(
     real_BT = None
     if segment_ids is not None:
         real_BT, reset_BT = segments.real_and_reset(segment_ids)
-        g = segments.gates(real_BT, reset_BT, jnp.zeros((B, T, H), dtype) if g is None else g)
-        q_BTGK, k_BTGK, v_BTHV = (segments.select(real_BT, x) for x in (q_BTGK, k_BTGK, v_BTHV))
-        beta_BTH = None if beta_BTH is None else segments.select(real_BT, beta_BTH)
-    run = functools.partial(_run, implementation, scale, chunk_size)
-    o_BTHV, state_BHKV = run(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV)
+        q_BTGK, k_BTGK, v_BTHV, g, beta_BTH = segments.fold(
+            real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, dtype
+        )
+    arrays = vary_alike((q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV))
+    o_BTHV, state_BHKV = _run(implementation, scale, chunk_size, *arrays)
     if real_BT is not None:
         o_BTHV = segments.select(real_BT, o_BTHV)
     return o_BTHV, state_BHKV
@@ -115,7 +115,7 @@ def linear_attention_step(
     one = lambda x: None if x is None else jnp.expand_dims(x, 1)  # noqa: E731
     log_decay_T = log_decay if log_decay is None or log_decay.ndim == 1 else one(log_decay)
     check_arguments(one(q_BGK), one(k_BGK), one(v_BHV), log_decay_T, one(beta), state_BHKV, None)
-    dtype = _state_dtype(q_BGK, k_BGK, v_BHV, log_decay, beta, state_BHKV)
+    dtype = state_dtype(q_BGK, k_BGK, v_BHV, log_decay, beta, state_BHKV)
     g_BH = log_decay
     if g_BH is not None and g_BH.ndim == 1:
         g_BH = jnp.broadcast_to(g_BH, v_BHV.shape[:2])
@@ -129,12 +129,17 @@ def _run(implementation, scale, chunk_size, *arrays):
         return recurrent(*arrays, scale)
     if implementation == "quadratic":
         return quadratic(*arrays, scale)
-    T = arrays[2].shape[1]
-    C = min(chunk_size or 64, 1 << (T - 1).bit_length())
-    return attend(Plan(implementation, scale, C, 1), *arrays)
+    k_BTGK, v_BTHV, g, beta_BTH = arrays[1:5]
+    T, K, V = v_BTHV.shape[1], k_BTGK.shape[-1], v_BTHV.shape[-1]
+    if chunk_size is None:
+        chunk_size, chunks = tuned(T, K, V, g is not None and g.ndim == 4, beta_BTH is not None)
+    else:
+        chunks = chunks_per_block(T, chunk_size, K, V)
+    return attend(Plan(implementation, scale, chunk_size, chunks), *arrays)
 
 
-def _state_dtype(*arrays):
+def state_dtype(*arrays):
+    """promote_types(input, float32)."""
     return jnp.promote_types(jnp.result_type(*(x for x in arrays if x is not None)), jnp.float32)
 
 

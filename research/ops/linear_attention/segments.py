@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 
 
-def real_and_reset(segment_ids_BT):
+def real_and_reset(segment_ids_BT, previous_B=None):
     """Which tokens are real (id > 0), and which reset the state: those whose id differs from the last non-zero id before
-    them. The first real token of a row does not reset: the initial state belongs to its segment."""
+    them. The first real token of a row does not reset (the initial state belongs to its segment), unless ``previous_B``, the
+    last non-zero id before these tokens or 0 for none, says that it does."""
     real_BT = segment_ids_BT > 0
     position_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     latest_BT = jax.lax.cummax(jnp.where(real_BT, position_T, -1), axis=1)
     before_BT = jnp.pad(latest_BT[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
     previous_BT = jnp.take_along_axis(segment_ids_BT, jnp.maximum(before_BT, 0), axis=1)
-    return real_BT, real_BT & (before_BT >= 0) & (previous_BT != segment_ids_BT)
+    previous_BT = jnp.where(before_BT >= 0, previous_BT, 0 if previous_B is None else previous_B[:, None])
+    return real_BT, real_BT & (previous_BT > 0) & (previous_BT != segment_ids_BT)
 
 
 def select(real_BT, x_BT):
@@ -24,7 +26,10 @@ def select(real_BT, x_BT):
     return jnp.where(real_BT.reshape(real_BT.shape + (1,) * (x_BT.ndim - 2)), x_BT, 0)
 
 
-def gates(real_BT, reset_BT, g_BTH):
-    """The log-decay with padding at 0 and resets at −inf."""
-    shape = real_BT.shape + (1,) * (g_BTH.ndim - 2)
-    return jnp.where(reset_BT.reshape(shape), -jnp.inf, jnp.where(real_BT.reshape(shape), g_BTH, 0))
+def fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, dtype):
+    """(q, k, v, g, beta) with segments and padding folded in; ``g_BTH`` may be None, [B, T, H] or [B, T, H, K]."""
+    if g_BTH is None:
+        g_BTH = jnp.zeros(v_BTHV.shape[:3], dtype)
+    q_BTGK, k_BTGK, v_BTHV, g_BTH = (select(real_BT, x) for x in (q_BTGK, k_BTGK, v_BTHV, g_BTH))
+    g_BTH = jnp.where(reset_BT.reshape(reset_BT.shape + (1,) * (g_BTH.ndim - 2)), -jnp.inf, g_BTH)
+    return q_BTGK, k_BTGK, v_BTHV, g_BTH, None if beta_BTH is None else select(real_BT, beta_BTH)

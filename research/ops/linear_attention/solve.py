@@ -16,8 +16,7 @@ def unit_lower_inverse(A_xCC):
     *batch, C, _ = A_xCC.shape
     b = min(_BASE, C)
     n = C // b
-    blocks = A_xCC.reshape(*batch, n, b, n, b)
-    diagonal = jnp.stack([blocks[..., i, :, i, :] for i in range(n)], axis=-3)
+    diagonal = _matching(A_xCC.reshape(*batch, n, b, n, b))
     eye = jnp.eye(b, dtype=A_xCC.dtype)
     rows = [jnp.broadcast_to(eye[0], (*batch, n, b))]
     for i in range(1, b):
@@ -30,13 +29,21 @@ def unit_lower_inverse(A_xCC):
         n //= 2
         pairs = X.reshape(*batch, n, 2, b, b)
         X1, X2 = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        blocks = A_xCC.reshape(*batch, n, 2, b, n, 2, b)
-        A21 = jnp.stack([blocks[..., i, 1, :, i, 0, :] for i in range(n)], axis=-3)
+        A21 = _matching(A_xCC.reshape(*batch, n, 2, b, n, 2, b)[..., 1, :, :, 0, :])
         low = -_dot(_dot(X2, A21), X1)
         top = jnp.concatenate([X1, jnp.zeros_like(X1)], axis=-1)
         X = jnp.concatenate([top, jnp.concatenate([low, X2], axis=-1)], axis=-2)
         b *= 2
     return X.reshape(*batch, C, C)
+
+
+def _matching(blocks_xnbnb):
+    """The blocks (i, i) of an n × n grid of blocks."""
+    n = blocks_xnbnb.shape[-2]
+    if n <= 8:
+        return jnp.stack([blocks_xnbnb[..., i, :, i, :] for i in range(n)], axis=-3)
+    # Many slices compile slowly: one masked sum instead.
+    return jnp.sum(jnp.where(jnp.eye(n, dtype=bool)[:, None, :, None], blocks_xnbnb, 0), axis=-2)
 
 
 def _dot(x, y):

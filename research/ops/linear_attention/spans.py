@@ -38,18 +38,23 @@ def _take(x, start, stop, axis):
 def channel_products(q_xCK, k_xCK, g_xCK):
     """``P_xCC[i, j]`` = Σ_K q_i k_j exp(Σ g over (j, i]) for i ≥ j, else 0, with one gate a token and channel.
 
-    Dyadic split: the chunk is halved again and again; a pair (i, j) is served where its halves part, with the last token
-    of the left half as reference, so that both factors are exponentials of sums ≤ 0. C is a power of two.
+    Dyadic split: with blocks of s = 1, 2, 4, … tokens, a pair is served at the one s where i lies in an odd block and j in
+    the even block before it; the end of j's block is the reference, so that both factors are exponentials of sums ≤ 0.
+    C is a power of two.
     """
     *batch, C, K = q_xCK.shape
-    if C == 1:
-        return jnp.sum(q_xCK * k_xCK, axis=-1)[..., None]
-    half = C // 2
-    split = lambda x: jnp.moveaxis(x.reshape(*batch, 2, half, K), -3, 0)  # noqa: E731
-    (q1, q2), (k1, k2), (g1, g2) = split(q_xCK), split(k_xCK), split(g_xCK)
-    right = q2 * jnp.exp(prefix_spans(g2, -2))
-    left = k1 * jnp.exp(suffix_spans(g1, -2))
-    low = jnp.einsum("nik,njk->nij", right.reshape(-1, half, K), left.reshape(-1, half, K)).reshape(*batch, half, half)
-    both = channel_products(jnp.stack([q1, q2]), jnp.stack([k1, k2]), jnp.stack([g1, g2]))
-    top = jnp.concatenate([both[0], jnp.zeros_like(low)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([low, both[1]], axis=-1)], axis=-2)
+    i, j = jnp.arange(C)[:, None], jnp.arange(C)[None, :]
+    flat = lambda x: x.reshape(-1, C, K)  # noqa: E731
+    q, k, g = flat(q_xCK), flat(k_xCK), flat(g_xCK)
+    P = jnp.where(i == j, jnp.einsum("nik,njk->nij", q, k), 0)
+    s = 1
+    while s < C:
+        blocks = g.reshape(-1, C // s, s, K)
+        to_here = prefix_spans(blocks, 2).reshape(-1, C, K)
+        to_end = suffix_spans(blocks, 2).reshape(-1, C, K)
+        odd_C1 = (jnp.arange(C) // s % 2 == 1)[:, None]
+        factor = jnp.exp(jnp.where(odd_C1, to_here, to_end))
+        served = (i // s % 2 == 1) & (j // s == i // s - 1)
+        P = P + jnp.where(served, jnp.einsum("nik,njk->nij", q * factor, k * factor), 0)
+        s *= 2
+    return P.reshape(*batch, C, C)
