@@ -13,7 +13,7 @@ from research.layers.parameters import normal, read
 from research.models.config import ModelConfig
 from research.models.stages import build_stage, factorise, init_states, run_stage
 from research.ops.linear_attention.segments import real_and_reset
-from research.sharding.mesh import P, batch_sharded
+from research.sharding.mesh import P, look_up
 
 
 class Cache(NamedTuple):
@@ -77,7 +77,7 @@ class LanguageModel(nnx.Module):
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
         context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, deterministic=key is None)
         table_VD = read(self.embedding_VD, self.config.compute_dtype)
-        x_BTD = batch_sharded(jnp.take(table_VD, tokens_BT, axis=0))
+        x_BTD = look_up(table_VD, tokens_BT)
         states, auxes = [], []
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]

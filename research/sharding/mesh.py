@@ -72,9 +72,9 @@ def gathered(x):
     return jax.reshard(x, P()) if on_mesh() else x
 
 
-def batch_sharded(x):
-    """``x`` with its rows over the batch axes."""
-    return jax.reshard(x, P(BATCH)) if on_mesh() else x
+def look_up(table_VD, tokens_BT):
+    """Rows of a table that every device holds whole, for tokens spread over the batch axes."""
+    return table_VD.at[tokens_BT].get(out_sharding=P(BATCH) if on_mesh() else None)
 
 
 def per_shard(function, batched, replicated=(), *, summed: bool = False):
