@@ -1,7 +1,7 @@
 """The two compiled functions of inference: read prompts in the parallel form, decode blocks in the recurrent form."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from research.axes import Array, Bool, Int
 from research.inference.sampling import Sampling, sample
 from research.models.language_model import Cache, LanguageModel
-from research.sharding.mesh import BATCH, P, batch_sharded, gathered, on_mesh, per_shard
+from research.sharding.mesh import BATCH, P, gathered, on_mesh, per_shard
 
 # Tokens of the longest block. The array is this long whatever is asked for, so that every block is one program.
 BLOCK = 32
@@ -46,13 +46,13 @@ def prefill(model: LanguageModel, prompts_BT, lengths_B, is_stop_V, seed, sampli
     Returns:
       The first new tokens [B] whole on every device, and a ``Decoding``.
     """
+    prompts_BT, lengths_B = _spread((prompts_BT, lengths_B))
     B, T = prompts_BT.shape
-    lengths_B = batch_sharded(lengths_B)
     real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
     x_BTD, cache, _ = model.hidden(prompts_BT, real_BT, cache=_empty_cache(model, B, max_length))
-    last_B1D = per_shard(_last, (x_BTD, lengths_B))
+    last_B1D: Any = per_shard(_last, (x_BTD, lengths_B))
     key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
-    key_B, new_B = batch_sharded((key_B, jnp.zeros(B, jnp.int32)))
+    key_B, new_B = _spread((key_B, jnp.zeros(B, jnp.int32)))
     token_B = _draw(model.logits(last_B1D)[:, 0], key_B, new_B, sampling)
     done_B = _stops(is_stop_V, token_B) | (lengths_B == 0)
     state = Decoding(cache, token_B, new_B + 1, done_B, key_B)
@@ -76,22 +76,25 @@ def decode(model: LanguageModel, state: Decoding, is_stop_V, sampling: Sampling,
     def step(carry):
         state, tokens_BN, n = carry
         # Segment ids are left out: one token of each row, all real, is the recurrent form.
-        out = model(gathered(state.token_B)[:, None], cache=state.cache)
+        out = model(state.token_B[:, None], cache=state.cache)
         token_B = _draw(out.logits_BTV[:, 0], state.key_B, state.new_B, sampling)
         done_B = state.done_B | _stops(is_stop_V, token_B)
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, gathered(token_B)[:, None], (0, n))
-        return Decoding(out.cache, token_B, state.new_B + 1, done_B, state.key_B), tokens_BN, n + 1
+        return Decoding(cast(Cache, out.cache), token_B, state.new_B + 1, done_B, state.key_B), tokens_BN, n + 1
 
     state, tokens_BN, _ = jax.lax.while_loop(going, step, (state, tokens_BN, jnp.zeros((), jnp.int32)))
     return tokens_BN, state
 
 
+def _spread(tree, rows_axis: int = 0):
+    """Arrays with their rows where the rows of a batch lie."""
+    return jax.reshard(tree, P(*[None] * rows_axis, BATCH)) if on_mesh() else tree
+
+
 def _empty_cache(model: LanguageModel, batch: int, max_length: int) -> Cache:
     cache = model.init_cache(batch, max_length)
-    if not on_mesh():
-        return cache
-    # A stage's states are stacked over its repeats; rows lie where the rows of the batch do.
-    return Cache(batch_sharded(cache.length_B), jax.reshard(cache.stages, P(None, BATCH)))
+    # A stage's states are stacked over its repeats.
+    return Cache(_spread(cache.length_B), _spread(cache.stages, rows_axis=1))
 
 
 def _last(batched, _):
@@ -99,7 +102,7 @@ def _last(batched, _):
     return jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
 
 
-def _draw(logits_BV, key_B, new_B, sampling: Sampling):
+def _draw(logits_BV, key_B, new_B, sampling: Sampling) -> Any:
     def draw(batched, sampling):
         logits_BV, key_B, new_B = batched
         return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, new_B), sampling)
@@ -107,5 +110,5 @@ def _draw(logits_BV, key_B, new_B, sampling: Sampling):
     return per_shard(draw, (logits_BV, key_B, new_B), sampling)
 
 
-def _stops(is_stop_V, token_B):
+def _stops(is_stop_V, token_B) -> Any:
     return per_shard(lambda token_B, is_stop_V: is_stop_V[token_B], token_B, is_stop_V)

@@ -2,30 +2,30 @@
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import SupportsIndex
+from collections.abc import Iterable, Iterator
+from typing import SupportsFloat, SupportsIndex
 
 import jax
 import numpy as np
 
 from research.inference.decoding import BLOCK, decode, prefill
-from research.inference.sampling import Sampling, make_sampling
+from research.inference.sampling import Sampling, check_whole, make_sampling
 from research.models.language_model import LanguageModel
 from research.sharding.mesh import BATCH
 
-Prompts = Sequence[Sequence[SupportsIndex] | np.ndarray]
+Ids = Iterable[SupportsIndex]
 
 
 def generate(
     model: LanguageModel,
-    prompts: Prompts,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    stop: Iterable[SupportsIndex] = (),
-    seed: int = 0,
+    prompts: Iterable[Ids],
+    max_new_tokens: SupportsIndex = 32,
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+    min_p: SupportsFloat | None = None,
+    stop: Ids = (),
+    seed: SupportsIndex = 0,
 ) -> list[list[int]]:
     """Continues prompts, all of them together, whatever their lengths.
 
@@ -47,6 +47,7 @@ def generate(
     Raises:
       ValueError: an argument out of its range; names it, what it was and what it must be.
     """
+    prompts = list(prompts)
     new: list[list[int]] = [[] for _ in prompts]
     for block in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, block=BLOCK):
         for row, ids in zip(new, block, strict=True):
@@ -56,16 +57,16 @@ def generate(
 
 def stream(
     model: LanguageModel,
-    prompts: Prompts,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    stop: Iterable[SupportsIndex] = (),
-    seed: int = 0,
+    prompts: Iterable[Ids],
+    max_new_tokens: SupportsIndex = 32,
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+    min_p: SupportsFloat | None = None,
+    stop: Ids = (),
+    seed: SupportsIndex = 0,
     *,
-    block: int = 8,
+    block: SupportsIndex = 8,
 ) -> Iterator[list[list[int]]]:
     """``generate`` as it goes: yields, time after time, the ids that each prompt gained (none where it has ended).
 
@@ -80,9 +81,9 @@ def stream(
     for i, ids in enumerate(rows):
         if not ids:
             raise ValueError(f"prompts[{i}] is empty: it must hold at least one token id (that of a start token, say)")
-    max_new_tokens = _check_whole("max_new_tokens", max_new_tokens, 1)
-    block = _check_whole("block", block, 1, BLOCK)
-    seed = _check_whole("seed", seed, 0, 2**32 - 1)
+    max_new_tokens = check_whole("max_new_tokens", max_new_tokens, 1)
+    block = check_whole("block", block, 1, BLOCK)
+    seed = check_whole("seed", seed, 0, 2**32 - 1)
     is_stop_V = np.zeros(vocab_size, bool)
     is_stop_V[check_ids(stop, "stop", vocab_size)] = True
     sampling = make_sampling(temperature, top_k, top_p, min_p)
@@ -132,7 +133,7 @@ def size_class(length: int) -> int:
     return -(-length // step) * step
 
 
-def check_ids(ids: Iterable[SupportsIndex], name: str, vocab_size: int) -> list[int]:
+def check_ids(ids: Ids, name: str, vocab_size: int) -> list[int]:
     """``ids`` as a list of int; raises ValueError naming the first that is no id of the vocabulary."""
     try:
         checked = [operator.index(i) for i in ids]
@@ -142,17 +143,6 @@ def check_ids(ids: Iterable[SupportsIndex], name: str, vocab_size: int) -> list[
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name} must hold token ids from 0 to {vocab_size - 1}, got {i}")
     return checked
-
-
-def _check_whole(name: str, value: SupportsIndex, least: int, most: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
-    if number < least or (most is not None and number > most):
-        most_text = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{name} must be at least {least}{most_text}, got {number}")
-    return number
 
 
 def _batch_shards() -> int:

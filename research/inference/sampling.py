@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import operator
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -32,30 +34,46 @@ class Sampling:
 
 
 def make_sampling(
-    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+    min_p: SupportsFloat | None = None,
 ) -> Sampling:
     """The ``Sampling`` of numbers as a person gives them; temperature 0 is greedy, and no filter changes that.
 
     Raises:
       ValueError: a number out of its range; names it.
     """
+    temperature = float(temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if top_k is not None and (isinstance(top_k, bool) or top_k != int(top_k) or top_k < 1):
-        raise ValueError(f"top_k must be None or a whole number of at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None:
+        top_k = check_whole("top_k", top_k, 1)
+    if top_p is not None and not 0 < float(top_p) <= 1:
         raise ValueError(f"top_p must be None, or more than 0 and at most 1, got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
+    if min_p is not None and not 0 <= float(min_p) <= 1:
         raise ValueError(f"min_p must be None or from 0 to 1, got {min_p}")
     if temperature == 0:
         return Sampling(None)
-    # What filters nothing costs nothing.
+    # What filters nothing costs nothing. Numbers stay within what 32 bits hold.
     return Sampling(
-        float(temperature),
-        None if top_k is None else min(int(top_k), 2**31 - 1),
-        None if top_p is None or top_p == 1 else float(top_p),
-        None if not min_p else float(min_p),
+        min(temperature, 1e30),
+        None if top_k is None else min(top_k, 2**31 - 1),
+        None if top_p is None or float(top_p) == 1 else float(top_p),
+        None if min_p is None or float(min_p) == 0 else float(min_p),
     )
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """``value`` as an int; raises ValueError naming the argument where it is none, or out of its range."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    number = operator.index(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(
+            f"{name} must be at least {least}{'' if most is None else f' and at most {most}'}, got {number}"
+        )
+    return number
 
 
 def sample(logits_BV: Float[Array, "B V"], key_B, sampling: Sampling) -> Int[Array, " B"]:
