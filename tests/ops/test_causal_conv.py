@@ -87,7 +87,7 @@ def test_split_anywhere_is_whole(W):
 
 
 def test_steps_are_the_sequence():
-    x = make(4)
+    x = jax.tree.map(jnp.asarray, make(4))
     whole, final = conv(x, None)
     step = jax.jit(lambda x_BD, tail: causal_conv_step(x_BD, x["w"], x["bias"], tail=tail))
     tail = x["tail"]
@@ -105,7 +105,8 @@ def test_gradients_stay_in_the_segment_and_match_differences():
     @jax.jit
     @jax.grad
     def gradient(x):
-        y, tail = causal_conv(x["x"], x["w"], x["bias"], tail=x["tail"], segment_ids=ROWS)
+        ids = jnp.asarray(ROWS)
+        y, tail = causal_conv(x["x"], x["w"], x["bias"], tail=x["tail"], segment_ids=ids)
         return jnp.sum(y * jnp.where(ROWS[..., None] > 0, cy, jnp.nan), where=ROWS[..., None] > 0) + jnp.sum(tail * ct)
 
     def loss(x):

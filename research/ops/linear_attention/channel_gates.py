@@ -42,8 +42,9 @@ def prepare(q_JNCK, k_JNCK, g_JMCK, beta_JMC, rows, X_JMCC=None) -> tuple[Chunk,
     g = jnp.maximum(g_JMCK, ERASE)
     sums = jnp.einsum("lc,nck->nlk", spans.astype(g.dtype), g.reshape(-1, C, K), precision=jax.lax.Precision.HIGHEST)
     F = jnp.exp(sums).reshape(J, rows, L + 2, C, K)
-    eye = jnp.eye(C, dtype=k.dtype)
-    P = eye * nt(q, k)
+    # Not eye * (q kᵀ): XLA:CPU (jax 0.11.2) fuses that product, with k broadcast to value heads, into P u, and at C = 64 the
+    # fused kernel is wrong.
+    P = jnp.where(np.eye(C, dtype=bool), jnp.sum(q * k, axis=-1)[..., None], 0)
     kk = faded = cols = None
     if L:
         cols = k[:, :, None] * F[:, :, :L]
