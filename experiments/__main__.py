@@ -1,6 +1,7 @@
 """All programs under one name: ``scanroute train demo`` is ``python -m experiments.train demo``."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 

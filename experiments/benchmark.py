@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """What a reader of the numbers needs to know about how they came about."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
     device = jax.devices()[0]
     command = f"python -m experiments.benchmark {options.name}{' --quick' if options.quick else ''}"
@@ -49,7 +49,7 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
     }
 
 

@@ -12,7 +12,6 @@ import json
 import logging
 import pkgutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,7 +125,3 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(
         "  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]) for row in texts
     )
-
-
-def wrap(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 100)

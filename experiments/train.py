@@ -87,11 +87,11 @@ def report(options: argparse.Namespace, workdir: Path, step: int, result: dict[s
         "\nNext:",
         cli.table(
             [
-                (f'  python -m experiments.generate {shown} --prompt "def main"', "write text"),
-                (f"  python -m experiments.evaluate {shown}", "score held-out text"),
-                (f"  python -m experiments.train {train_on} --workdir {shown}", "train on"),
-                (f"  tensorboard --logdir {shown}/tensorboard", "watch (pip install tensorboard)"),
-                ("  jupyter lab notebooks/quickstart.ipynb", "look inside"),
+                ("  write text", f'python -m experiments.generate {shown} --prompt "def main"'),
+                ("  score text", f"python -m experiments.evaluate {shown}"),
+                ("  train on", f"python -m experiments.train {train_on} --workdir {shown}"),
+                ("  watch", f"tensorboard --logdir {shown}/tensorboard    (pip install tensorboard)"),
+                ("  look inside", "jupyter lab notebooks/quickstart.ipynb"),
             ]
         ),
     ]

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -34,7 +34,7 @@ def to_json(config) -> str:
     return json.dumps(to_dict(config), indent=2)
 
 
-def from_json(cls: type, text: str, where: str = "config"):
+def from_json[T](cls: type[T], text: str, where: str = "config") -> T:
     """The configuration that ``to_json`` wrote; raises ConfigError as ``from_dict`` does, and where it is not JSON."""
     try:
         value = json.loads(text)
@@ -43,13 +43,13 @@ def from_json(cls: type, text: str, where: str = "config"):
     return from_dict(cls, value, where)
 
 
-def from_dict(hint, value, where: str = "config"):
+def from_dict(hint, value, where: str = "config") -> Any:
     """The configuration of type ``hint`` that ``to_dict`` wrote as ``value``.
 
     Raises:
       ConfigError: an unknown field or kind, a missing field, or a value of the wrong type; names the path.
     """
-    if dataclasses.is_dataclass(hint):
+    if _is_config(hint):
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
         if not isinstance(value, dict):
@@ -80,7 +80,7 @@ def from_dict(hint, value, where: str = "config"):
     return _scalar(hint, value, where)
 
 
-def override(config, word: str):
+def override[T](config: T, word: str) -> T:
     """``config`` with one ``field.sub=value`` word applied.
 
     An item of a tuple is addressed by its index or its ``name``. The value is read as a Python or JSON literal where it
@@ -123,7 +123,7 @@ def type_name(hint) -> str:
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def _override(config, path: list[str], text: str, hint, where: str):
+def _override(config, path: list[str], text: str, hint, where: str) -> Any:
     head, rest = path[0], path[1:]
     where = f"{where}.{head}" if where else head
     if isinstance(config, tuple):
@@ -146,10 +146,10 @@ def _override(config, path: list[str], text: str, hint, where: str):
     return _construct(type(config), {**given, head: new}, where)
 
 
-def _parse(hint, text: str, where: str):
+def _parse(hint, text: str, where: str) -> Any:
     options = get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
-        if dataclasses.is_dataclass(option) and option.__name__ == text:
+        if _is_config(option) and option.__name__ == text:
             return from_dict(option, {}, where)
     many = _tuple_option(hint)
     # What looks like a number may still be meant as text, or as one item of a tuple.
@@ -198,7 +198,7 @@ def _scalar(hint, value, where: str):
 
 def _from_union(hint, value, where: str):
     options = get_args(hint)
-    kinds = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+    kinds = {option.__name__: option for option in options if _is_config(option)}
     if dataclasses.is_dataclass(value):
         value = to_dict(value)
     if isinstance(value, dict) and kinds:
@@ -215,6 +215,10 @@ def _from_union(hint, value, where: str):
         except ConfigError:
             continue
     raise ConfigError(f"{where} must be {type_name(hint)}, got {value!r}")
+
+
+def _is_config(hint) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _is_union(hint) -> bool:

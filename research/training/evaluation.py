@@ -58,7 +58,7 @@ def evaluate(
             return None
         sums = None
         if done < total:
-            batch = dataset[done]
+            batch: dict[str, np.ndarray] = dataset[done]  # pyright: ignore[reportAssignmentType]
             if part:
                 scored += int(bytes_of_id[batch["targets_BT"]][batch["loss_mask_BT"]].sum())
             sums = eval_step(params, variables, put(batch))

@@ -18,7 +18,6 @@ from research.data.baselines import measure_baselines
 from research.data.pipeline import Corpus, build_loader, open_corpus
 from research.data.tokenization import tokenizer_from_json
 from research.sharding.mesh import batch_sharding, check_batch, make_mesh
-from research.training import plots
 from research.training.checkpoints import Checkpoints, read_about, read_tokenizer
 from research.training.config import ExperimentConfig
 from research.training.evaluation import HeldOut, byte_lengths, evaluate
@@ -81,7 +80,6 @@ def train(
                 recorder.sync()
             result = None
             if signal is None:
-                _draw(path, say)
                 result = run.finish(recorder, interrupts)
                 signal = interrupts.received if interrupts is not None and result is None else None
             _draw(path, say)
@@ -339,6 +337,8 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
 
 def _draw(path: Path, say: Callable[[str], None]) -> None:
     if jax.process_index() == 0:
+        from research.training import plots  # Matplotlib takes a second to import, and the first step need not wait
+
         try:
             plots.draw(path)
         except Exception as error:  # a picture is not worth a run

@@ -16,7 +16,7 @@ from jax import P
 
 from configs.tiny import CONFIG
 from research.config import ConfigError, from_json
-from research.training import loop, runs
+from research.training import loop, plots, runs
 from research.training.checkpoints import checkpoint_paths, load_part
 from research.training.config import ExperimentConfig
 from research.training.interrupts import Interrupts
@@ -38,23 +38,19 @@ def _nats(params, batch):
     return jnp.sum(nats_BT * batch["loss_mask_BT"]), jnp.sum(batch["loss_mask_BT"])
 
 
-@functools.cache
-def _toy_step(breaks_at):
-    def step(state, batch):
-        def loss(params):
-            nats, count = _nats(params, batch)
-            return nats / count, count
+@functools.partial(jax.jit, donate_argnums=0)
+def _toy_step(state, batch):
+    def loss(params):
+        nats, count = _nats(params, batch)
+        return nats / count, count
 
-        (value, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
-        noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (4,))
-        variables = {"bias_E": state.variables["bias_E"] + noise}
-        value = jnp.where(state.step == breaks_at, jnp.nan, value)
-        metrics = {"loss": value, "tokens": count, "grad_norm": jnp.ones(()), "load_LE": jnp.full((2, 4), 0.25)}
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, variables, opt_state, state.key), metrics
-
-    return jax.jit(step, donate_argnums=0)
+    (value, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (4,))
+    variables = {"bias_E": state.variables["bias_E"] + noise}
+    metrics = {"loss": value, "tokens": count, "grad_norm": jnp.ones(()), "load_LE": jnp.full((2, 4), 0.25)}
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, variables, opt_state, state.key), metrics
 
 
 @jax.jit
@@ -63,15 +59,15 @@ def _toy_eval(params, variables, batch):
 
 
 OPTIMIZER = optax.adam(0.01)
-BREAK = {"at": -1}
+DRAW = plots.draw
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setattr(loop, "create_state", _toy_state)
-    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: _toy_step(BREAK["at"]))
+    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: _toy_step)
     monkeypatch.setattr(loop, "make_eval_step", lambda graphdef: _toy_eval)
-    monkeypatch.setitem(BREAK, "at", -1)
+    monkeypatch.setattr(plots, "draw", lambda workdir: (workdir / "loss.png").touch())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +128,8 @@ class StopAt(Interrupts):
         return signal.SIGTERM if self.left < 0 else None
 
 
-def test_a_run_from_end_to_end(config, tmp_path):
+def test_a_run_from_end_to_end(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "draw", DRAW)
     said = []
     outcome = loop.train(config, tmp_path / "run", say=said.append)
     workdir = tmp_path / "run"
@@ -184,12 +181,18 @@ def test_stopped_by_a_signal_and_resumed_is_as_if_never_stopped(config, tmp_path
     assert steps[0] == steps[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_unsaved(config, tmp_path):
-    BREAK["at"] = 9  # the tenth step: where a checkpoint is due
-    with pytest.raises(loop.TrainingFailed, match="the loss is nan at step 10"):
-        loop.train(config, tmp_path, say=lambda line: None)
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(config, tmp_path, monkeypatch):
+    def breaks_at_ten(state, batch):
+        state, metrics = _toy_step(state, batch)
+        calls.append(metrics)
+        return state, metrics | ({"loss": np.float32("nan")} if len(calls) == 10 else {})
+
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", lambda *_, **__: breaks_at_ten)
+        with pytest.raises(loop.TrainingFailed, match="the loss is nan at step 10"):  # where a checkpoint is due
+            loop.train(config, tmp_path, say=lambda line: None)
     assert [path.name for path in checkpoint_paths(tmp_path / "checkpoints")] == ["5"]
-    BREAK["at"] = -1
     assert loop.train(config, tmp_path, say=lambda line: None).step == 12
 
 
