@@ -95,14 +95,21 @@ class TensorBoard:
 
 
 class Throughput:
-    """Tokens per second: of the last step, and smoothed over about the last ten seconds."""
+    """Tokens per second of the last step, and rates over about the last ten seconds.
+
+    Rates are averaged over time, which makes them totals over totals: one long stall weighs what it lasted.
+    """
 
     def __init__(self, now: float | None = None):
         self._last = time.monotonic() if now is None else now
-        self.smooth = 0.0
-        self.seconds_per_step = 0.0
-        self.steps = 0
         self._weight = 0.0
+        self._steps_per_second = 0.0
+        self.smooth = 0.0
+        self.steps = 0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return 1 / self._steps_per_second if self._steps_per_second else 0.0
 
     def step(self, tokens: float, now: float | None = None) -> float:
         now = time.monotonic() if now is None else now
@@ -110,7 +117,7 @@ class Throughput:
         keep = math.exp(-seconds / 10)
         self._weight = keep * self._weight + (1 - keep)
         mix = (1 - keep) / self._weight  # the first step counts in full: no bias towards zero
-        self.seconds_per_step += mix * (seconds - self.seconds_per_step)
+        self._steps_per_second += mix * (1 / seconds - self._steps_per_second)
         self.smooth += mix * (tokens / seconds - self.smooth)
         self.steps += 1
         return tokens / seconds

@@ -84,9 +84,18 @@ def test_throughput_forgets_and_pauses():
     speed = metrics.Throughput(now=0.0)
     for second in range(1, 200):
         speed.step(100.0, now=float(second))
-    assert speed.smooth == pytest.approx(100)
+    assert speed.smooth == pytest.approx(100) and speed.seconds_per_step == pytest.approx(1)
     speed.pause(50.0)
     assert speed.step(100.0, now=250.0) == pytest.approx(100)
+
+
+def test_a_stall_weighs_what_it_lasted():
+    speed, now = metrics.Throughput(now=0.0), 0.0
+    for _ in range(5):
+        for seconds in [0.01] * 100 + [1.0]:
+            now += seconds
+            speed.step(10.0, now=now)
+    assert speed.seconds_per_step == pytest.approx(2 / 101, rel=0.2)
 
 
 def test_what_a_person_reads():
