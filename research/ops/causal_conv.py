@@ -11,9 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
+from research.ops.explicit_mesh import run_on_shards, spec_of
 from research.ops.linear_attention.segments import real_and_reset
+from research.ops.linear_attention.varying import vary_alike
 
 _ACTIVATIONS = {None: lambda x: x, "silu": jax.nn.silu}
 
@@ -42,12 +45,25 @@ def causal_conv(
       W − 1 real tokens of the row's last segment.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown activation.
+      ValueError: shapes that do not fit together, an unknown activation, a sharded time axis.
     """
     check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation)
+    run = functools.partial(_local, activation)
+    arrays = (x_BTD, w_WD, bias_D, tail, segment_ids)
+    split = spec_of(x_BTD)
+    if split is None:
+        return run(*arrays)
+    b, t, d = split
+    if t is not None:
+        raise ValueError(f"the time axis of x must not be sharded, got {split}")
+    rows = P(b, None, d)
+    return run_on_shards(run, x_BTD, arrays, (rows, P(None, d), P(d), rows, P(b)), (rows, rows))
+
+
+def _local(activation, x_BTD, w_WD, bias_D, tail, segment_ids):
     B, _, D = x_BTD.shape
     tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
-    return _causal_conv(activation, x_BTD, w_WD, bias_D, tail, segment_ids)
+    return _causal_conv(activation, *vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

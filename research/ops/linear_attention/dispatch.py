@@ -1,10 +1,13 @@
 """The public functions: argument checks, segments, and the choice of an implementation."""
 
+import functools
 import numbers
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
+from research.ops.explicit_mesh import run_on_shards, shards, spec_of
 from research.ops.linear_attention import segments
 from research.ops.linear_attention.choice import Plan, attend, chunks_per_block, tuned
 from research.ops.linear_attention.quadratic import quadratic
@@ -49,8 +52,10 @@ def linear_attention(
     Returns:
       o_BTHV in v's dtype, and the state after the last real token, [B, H, K, V] in promote_types(input, float32).
 
+    On an explicit-sharding mesh every device runs its own rows and heads, as v is split.
+
     Raises:
-      ValueError: shapes that do not fit together, an unknown implementation.
+      ValueError: shapes that do not fit together, an unknown implementation, a sharded time axis.
       NotImplementedError: the named implementation cannot serve the call.
 
     Sources: Katharopoulos et al. 2020 (linear attention); Dao and Gu 2024 (Mamba-2); Yang et al. 2023 (GLA); Yang et al.
@@ -59,28 +64,26 @@ def linear_attention(
     check_arguments(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids)
     check_implementation(implementation, chunk_size)
     scale = check_scale(scale)
-    B, T, H, V = v_BTHV.shape
-    K = k_BTGK.shape[-1]
-    dtype = state_dtype(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state)
-    if initial_state is None:
-        state_BHKV = jnp.zeros((B, H, K, V), dtype)
-    else:
-        state_BHKV = initial_state.astype(dtype)
-    g = None if log_decay is None else log_decay.astype(dtype)
-    beta_BTH = None if beta is None else beta.astype(dtype)
-    if g is not None and g.ndim == 1:
-        g = jnp.broadcast_to(g, (B, T, H))
-    real_BT = None
-    if segment_ids is not None:
-        real_BT, reset_BT = segments.real_and_reset(segment_ids)
-        q_BTGK, k_BTGK, v_BTHV, g, beta_BTH = segments.fold(
-            real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, dtype
-        )
-    arrays = vary_alike((q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV))
-    o_BTHV, state_BHKV = _run(implementation, scale, chunk_size, *arrays)
-    if real_BT is not None:
-        o_BTHV = segments.select(real_BT, o_BTHV)
-    return o_BTHV, state_BHKV
+    arrays = (q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids)
+    run = functools.partial(_local, scale=scale, implementation=implementation, chunk_size=chunk_size)
+    split = spec_of(v_BTHV)
+    if split is None:
+        return run(*arrays)
+    b, t, h, _ = split
+    if t is not None:
+        raise ValueError(f"the time axis of v must not be sharded, got {split}; use context_parallel in jax.shard_map")
+    h = None if k_BTGK.shape[2] % shards(v_BTHV, h) else h
+    token, head = P(b, None, h), P(h)
+    specs = (
+        token,
+        token,
+        token,
+        head if log_decay is not None and log_decay.ndim == 1 else token,
+        token,
+        P(b, h),
+        P(b),
+    )
+    return run_on_shards(run, v_BTHV, arrays, specs, (token, P(b, h)))
 
 
 def linear_attention_step(
@@ -115,6 +118,44 @@ def linear_attention_step(
     one = lambda x: None if x is None else jnp.expand_dims(x, 1)  # noqa: E731
     log_decay_T = log_decay if log_decay is None or log_decay.ndim == 1 else one(log_decay)
     check_arguments(one(q_BGK), one(k_BGK), one(v_BHV), log_decay_T, one(beta), state_BHKV, None)
+    arrays = (q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta)
+    run = functools.partial(_local_step, scale=scale)
+    split = spec_of(v_BHV)
+    if split is None:
+        return run(*arrays)
+    b, h, _ = split
+    h = None if k_BGK.shape[1] % shards(v_BHV, h) else h
+    rows = P(b, h)
+    specs = (rows, rows, rows, rows, P(h) if log_decay is not None and log_decay.ndim == 1 else rows, rows)
+    return run_on_shards(run, v_BHV, arrays, specs, (rows, rows))
+
+
+def _local(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids, *, scale, implementation, chunk_size):
+    B, T, H, V = v_BTHV.shape
+    K = k_BTGK.shape[-1]
+    dtype = state_dtype(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state)
+    if initial_state is None:
+        state_BHKV = jnp.zeros((B, H, K, V), dtype)
+    else:
+        state_BHKV = initial_state.astype(dtype)
+    g = None if log_decay is None else log_decay.astype(dtype)
+    beta_BTH = None if beta is None else beta.astype(dtype)
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, (B, T, H))
+    real_BT = None
+    if segment_ids is not None:
+        real_BT, reset_BT = segments.real_and_reset(segment_ids)
+        q_BTGK, k_BTGK, v_BTHV, g, beta_BTH = segments.fold(
+            real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, dtype
+        )
+    arrays = vary_alike((q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV))
+    o_BTHV, state_BHKV = _run(implementation, scale, chunk_size, *arrays)
+    if real_BT is not None:
+        o_BTHV = segments.select(real_BT, o_BTHV)
+    return o_BTHV, state_BHKV
+
+
+def _local_step(q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta, *, scale):
     dtype = state_dtype(q_BGK, k_BGK, v_BHV, log_decay, beta, state_BHKV)
     g_BH = log_decay
     if g_BH is not None and g_BH.ndim == 1:
