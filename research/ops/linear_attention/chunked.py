@@ -52,7 +52,7 @@ def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHK
         u, U, S_JMKV, _ = state.states(chunk, v, beta, S_MKV)
         d, dv, dbeta, dS_MKV = state.backward(chunk, u, U, beta, S_JMKV, do, dS_MKV)
         dq, dk, dg, dbeta_A = gates.backward(q, k, g, beta, chunk, inside, d)
-        new = (dq, dk, dv, dg, None if dbeta is None else dbeta + dbeta_A)
+        new = (dq, dk, dv, dg, None if dbeta is None else dbeta(dbeta_A))
         grads = jax.tree.map(lambda x, d: _store(x, d, block), grads, new)
         return (dS_MKV, grads), None
 

@@ -72,7 +72,8 @@ class ChunkGradient(NamedTuple):
 
 
 def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
-    """Walk the chunks back: (ChunkGradient, dv_JMCV, dbeta_JMC without A's part, the cotangent of the first state)."""
+    """Walk the chunks back: (ChunkGradient, dv_JMCV, a function of A's part that gives dbeta_JMC, the cotangent of the first
+    state)."""
     du_JMCV = tn(chunk.P, do_JMCV)
     qdo_JMKV = tn(chunk.q_in, do_JMCV)
 
@@ -88,15 +89,20 @@ def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
 
     xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, beta_JMC, du_JMCV, qdo_JMKV)
     dS_MKV, (dv_JMCV, dR_JMCV, dS_JMKV) = jax.lax.scan(body, dS_MKV, xs, reverse=True)
-    dA = dk_in = dbeta_JMC = dZ = None
+    dA = dk_in = dbeta = dZ = None
     if chunk.X is not None:
         dA = -nt(dR_JMCV, u_JMCV)
         dk_in = -nt(dv_JMCV, S_JMKV)
-        dbeta_JMC = jnp.sum(dR_JMCV * U_JMCV, axis=-1)
+        # dβ = dR · (U − Σ_j kk_ij u_j), and that bracket is u / β: with correlated keys the sum cancels and the quotient
+        # does not, but the quotient wants a β to divide by.
+        usable = jnp.abs(beta_JMC) > 1e-3
+        quotient = jnp.sum(dR_JMCV * u_JMCV, axis=-1) / jnp.where(usable, beta_JMC, 1)
+        direct = jnp.sum(dR_JMCV * U_JMCV, axis=-1)
+        dbeta = lambda of_A: jnp.where(usable, quotient, direct + of_A)  # noqa: E731
     if chunk.Z is not None:
         dZ = jnp.sum(S_JMKV * dS_JMKV, axis=-1)
     gradient = ChunkGradient(nt(do_JMCV, u_JMCV), dA, nt(do_JMCV, S_JMKV), dk_in, nt(u_JMCV, dS_JMKV), dZ)
-    return gradient, dv_JMCV, dbeta_JMC, dS_MKV
+    return gradient, dv_JMCV, dbeta, dS_MKV
 
 
 def _fade(Z, S_MKV):
