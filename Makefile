@@ -32,7 +32,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/test.stamp
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 notebook: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt jupyterlab

@@ -33,12 +33,13 @@ class TrainState:
 
 def create_state(model: ModelConfig, optimizer, seed: int) -> tuple[nnx.GraphDef, TrainState]:
     """A fresh model and optimizer state on the current mesh (``jax.set_mesh``), and the model's graph definition."""
-    init_key, step_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
     def make(key):
-        return LanguageModel(model, rngs=nnx.Rngs(params=key))
+        init_key, step_key = jax.random.split(key)
+        made = LanguageModel(model, rngs=nnx.Rngs(params=init_key))
+        return made, optimizer.init(nnx.state(made, nnx.Param)), jnp.zeros((), jnp.int32), step_key
 
-    graphdef, params, variables = nnx.split(make(init_key), nnx.Param, ...)
-    opt_state = jax.jit(optimizer.init)(params)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, variables, opt_state, step_key)
+    made, opt_state, step, step_key = make(jax.random.key(seed))
+    graphdef, params, variables = nnx.split(made, nnx.Param, ...)
+    return graphdef, TrainState(step, params, variables, opt_state, step_key)

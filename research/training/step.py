@@ -1,5 +1,6 @@
 """One training step: sums over micro-batches, losses from the sums, one update."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         if micro_batches == 1:
             nats, count, aux = sums(params, variables, batch, key)
         else:
-            parts = jax.tree.map(lambda x: split_rows(x, micro_batches), (batch))
+            parts = jax.tree.map(lambda x: split_rows(x, micro_batches), batch)
             body = jax.checkpoint(lambda part, key: sums(params, variables, part, key))
             _, stacked = jax.lax.scan(
                 lambda _, part: (None, body(*part)), None, (parts, jax.random.split(key, micro_batches))
@@ -59,7 +60,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         metrics = {
             "loss": loss,
             "tokens": count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **losses,
             **router_metrics(aux),
         }
@@ -89,18 +90,17 @@ def batch_sums(model: LanguageModel, batch: Batch, key) -> tuple[Array, Array, A
 def auxiliary_losses(model: LanguageModel, aux) -> dict[str, Array]:
     """The model's auxiliary losses by name, summed over layers, from statistics of the whole batch."""
     totals: dict[str, Array] = {}
-    for branch, statistics in _branches(model, aux):
-        for name, value in jax.vmap(branch.mixer.config.losses)(statistics).items():
+    for layer, statistics in _expert_layers(model, aux):
+        for name, value in jax.vmap(layer.config.losses)(statistics).items():
             totals[name] = totals.get(name, 0.0) + jnp.sum(value)
     return totals
 
 
 def update_router_biases(model: LanguageModel, aux) -> None:
     """Moves the selection biases of ``model`` (merged inside the step, so nothing outside changes) by one step."""
-    for branch, statistics in _branches(model, aux):
-        if isinstance(branch.mixer, MoE) and branch.mixer.config.bias_rate:
-            bias, rate = branch.mixer.bias_E, branch.mixer.config.bias_rate
-            bias.set_value(balancing.update_bias(bias[...], statistics.counts_E, rate))
+    for layer, statistics in _expert_layers(model, aux):
+        if rate := layer.config.bias_rate:
+            layer.bias_E.set_value(balancing.update_bias(layer.bias_E[...], statistics.counts_E, rate))
 
 
 def router_metrics(aux) -> dict[str, Array]:
@@ -124,8 +124,8 @@ def split_rows(x, parts: int):
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _branches(model: LanguageModel, aux):
+def _expert_layers(model: LanguageModel, aux) -> Iterator[tuple[MoE, balancing.RouterStatistics]]:
     for stacked, entries in zip(model.stages, aux, strict=True):
         for branch, entry in zip(stacked.branches, entries, strict=True):
-            if entry is not None:
-                yield branch, entry
+            if isinstance(branch.mixer, MoE):
+                yield branch.mixer, entry
