@@ -9,7 +9,7 @@ the gate. So every token has one factor F a level; level L is the span from the 
 its end (z). All spans come from one product of g with a constant 0/1 matrix, and their gradients go back through it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ class Inside(NamedTuple):
     F: Array
     q: Array
     k: Array
-    rows: Array | None
-    cols: Array | None
-    kk: Array | None
+    rows: Any  # or None
+    cols: Any  # or None
+    kk: Any  # or None
 
 
 def prepare(q_JNCK, k_JNCK, g_JMCK, beta_JMC, rows, X_JMCC=None) -> tuple[Chunk, Inside]:

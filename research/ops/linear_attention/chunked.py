@@ -5,6 +5,8 @@ differentiation it saves the state before every block (and, for the delta rule, 
 walks the blocks the other way and recomputes everything else.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +65,7 @@ def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHK
     return (*jax.tree.map(lambda x: x[:, :T], grads), dS_MKV.reshape(dstate_BHKV.shape))
 
 
-def _gates(g_BTH):
+def _gates(g_BTH) -> Any:
     return channel_gates if g_BTH is not None and g_BTH.ndim == 4 else token_gates
 
 

@@ -6,6 +6,8 @@ what its true initial state contributes. For the delta rule M is what the shard 
 columns with zero values in the same call. For additive writes M is the shard's total decay.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +49,7 @@ def context_parallel(
     if segment_ids is not None:
         real_BT, reset_BT = segments.real_and_reset(segment_ids, _previous_id(segment_ids, axis_name))
         q_BTGK, k_BTGK, v_BTHV, g, beta = segments.fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta, dtype)
-    options = dict(log_decay=g, scale=scale, implementation=implementation, chunk_size=chunk_size)
+    options: dict[str, Any] = dict(log_decay=g, scale=scale, implementation=implementation, chunk_size=chunk_size)
     if beta is None:
         o_BTHV, N_BHKV = linear_attention(q_BTGK, k_BTGK, v_BTHV, **options)
         to_BTHK = jnp.repeat(q_BTGK.astype(dtype), H // q_BTGK.shape[2], axis=2) * scale

@@ -165,12 +165,12 @@ def _local_step(q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta, *, scale):
     return o_BHV.astype(v_BHV.dtype), new_BHKV
 
 
-def _run(implementation, scale, chunk_size, *arrays):
+def _run(implementation, scale, chunk_size, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV):
+    arrays = (q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV)
     if implementation == "recurrent":
         return recurrent(*arrays, scale)
     if implementation == "quadratic":
         return quadratic(*arrays, scale)
-    k_BTGK, v_BTHV, g, beta_BTH = arrays[1:5]
     T, K, V = v_BTHV.shape[1], k_BTGK.shape[-1], v_BTHV.shape[-1]
     if chunk_size is None:
         chunk_size, chunks = tuned(T, K, V, g is not None and g.ndim == 4, beta_BTH is not None)

@@ -14,7 +14,7 @@ J chunks of M rows (a row is a batch entry and a value head) go through at once:
 product over J·M, and only what does is scanned.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ class Chunk(NamedTuple):
     """J chunks of M rows; every array leads with [J, M]. ``Z`` is [J, M, 1, 1] or [J, M, K, 1], or None for no decay."""
 
     P: Array
-    X: Array | None
+    X: Any  # or None
     q_in: Array
-    k_in: Array | None
+    k_in: Any  # or None
     k_out: Array
-    Z: Array | None
+    Z: Any  # or None
 
 
 def states(chunk: Chunk, v_JMCV, beta_JMC, S_MKV):
@@ -64,11 +64,11 @@ class ChunkGradient(NamedTuple):
     """Cotangents of a Chunk's arrays, of A instead of X; ``Z`` is summed over V, [J, M, K]."""
 
     P: Array
-    A: Array | None
+    A: Any  # or None
     q_in: Array
-    k_in: Array | None
+    k_in: Any  # or None
     k_out: Array
-    Z: Array | None
+    Z: Any  # or None
 
 
 def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):

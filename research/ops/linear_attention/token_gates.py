@@ -7,7 +7,7 @@ Products of q and k are made once a key head; only what meets a state is repeate
 key-head rows, M = B·H value-head rows, C tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ class Inside(NamedTuple):
     """What the way back reuses: decay within, from the start of and to the end of the chunk; q kᵀ and k kᵀ faded."""
 
     E: Array
-    a: Array | None
-    z: Array | None
+    a: Any  # or None
+    z: Any  # or None
     P: Array
-    kk: Array | None
+    kk: Any  # or None
 
 
 def prepare(q_JNCK, k_JNCK, g_JMC, beta_JMC, rows, X_JMCC=None) -> tuple[Chunk, Inside]:
@@ -61,6 +61,7 @@ def backward(q_JNCK, k_JNCK, g_JMC, beta_JMC, chunk: Chunk, inside: Inside, d: C
     dP_E = d.P * inside.E
     dq = _scale(inside.a, d.q_in)
     dk = _scale(inside.z, d.k_out)
+    dA_kk: Any = None
     dbeta = dg = None
     pairs = jnp.swapaxes(_sum(dP_E, r), 2, 3)
     dk_N = nn(pairs, q_JNCK)
@@ -79,7 +80,7 @@ def backward(q_JNCK, k_JNCK, g_JMC, beta_JMC, chunk: Chunk, inside: Inside, d: C
         e = jnp.sum(chunk.k_out * d.k_out, axis=-1)
         f = chunk.Z[..., 0, 0] * jnp.sum(d.Z, axis=-1)
         if beta_JMC is not None:
-            Q = Q + beta * dA_kk
+            Q = Q + beta_JMC[..., None] * dA_kk
             c = c + jnp.sum(chunk.k_in * d.k_in, axis=-1)
         last_C = jnp.arange(C) == C - 1
         Q = Q + jnp.where(last_C[:, None], e[..., None, :], 0)

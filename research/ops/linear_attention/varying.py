@@ -3,7 +3,7 @@
 import jax
 
 
-def vary_alike(arrays):
+def vary_alike(arrays: tuple) -> tuple:
     """Mark every array of a tree as varying over the axes that any of them varies over: a loop's carry must."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
