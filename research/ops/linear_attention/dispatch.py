@@ -165,7 +165,7 @@ def _local_step(q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta, *, scale):
     return o_BHV.astype(v_BHV.dtype), new_BHKV
 
 
-def _run(implementation, scale, chunk_size, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV):
+def _run(implementation, scale, chunk_size, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV) -> tuple[Array, Array]:
     arrays = (q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV)
     if implementation == "recurrent":
         return recurrent(*arrays, scale)
