@@ -79,7 +79,7 @@ def decode(model: LanguageModel, state: Decoding, is_stop_V, sampling: Sampling,
         out = model(state.token_B[:, None], cache=state.cache)
         token_B = _draw(out.logits_BTV[:, 0], state.key_B, state.new_B, sampling)
         done_B = state.done_B | _stops(is_stop_V, token_B)
-        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, gathered(token_B)[:, None], (0, n))
+        tokens_BN = tokens_BN.at[:, n].set(gathered(token_B))
         return Decoding(cast(Cache, out.cache), token_B, state.new_B + 1, done_B, state.key_B), tokens_BN, n + 1
 
     state, tokens_BN, _ = jax.lax.while_loop(going, step, (state, tokens_BN, jnp.zeros((), jnp.int32)))

@@ -1,6 +1,7 @@
 """Generated tokens against the model's own parallel form, and the promises of the arguments."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -116,6 +117,21 @@ def test_decoding_takes_constant_memory(model):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 4 * decoding.BLOCK * 4 + 256
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_state_keeps_its_types_in_any_dtype(dtype):
+    """Traced, not run: prefill gives what decode takes and gives back."""
+    config = dataclasses.replace(SMALLER, dtype=dtype, param_dtype=dtype)
+    with jax.enable_x64(dtype == "float64"):
+        model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+        rest = np.zeros(31, bool), decoding.Sampling(0.5, top_k=3)
+        prompts = np.zeros((2, 32), np.int32), np.ones(2, np.int32)
+        prefill = functools.partial(decoding.prefill, max_length=64)
+        _, state = jax.eval_shape(prefill, model, *prompts, rest[0], np.uint32(0), rest[1])
+        tokens_BN, after = jax.eval_shape(decoding.decode, model, state, *rest, np.int32(3))
+    assert tokens_BN.dtype == np.int32
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
 
 
 @pytest.mark.slow
