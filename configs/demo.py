@@ -13,17 +13,17 @@ from research.training.optimizers import OptimizerConfig
 
 CONFIG = ExperimentConfig(
     model=ModelConfig(
-        vocab_size=4096,
-        width=192,
+        vocab_size=2048,
+        width=256,
         branches=(
-            Residual("deltanet", GatedDeltaNetConfig(heads=4, key_heads=2, key_width=48, value_width=48)),
-            Residual("attention", AttentionConfig(heads=4, key_heads=2, head_width=48)),
-            Residual("experts", MoEConfig(experts=16, per_token=2, hidden=64, shared_hidden=128, bias_rate=0.001)),
+            Residual("deltanet", GatedDeltaNetConfig(heads=4, key_heads=2, key_width=64, value_width=64)),
+            Residual("attention", AttentionConfig(heads=2, key_heads=1, head_width=128)),
+            Residual("experts", MoEConfig(experts=16, per_token=4, hidden=64, shared_hidden=128, bias_rate=0.001)),
         ),
         pattern=("deltanet", "experts") * 3 + ("attention", "experts"),
         repeats=1,
     ),
-    data=DataConfig(PythonStandardLibrary(), BytePairEncoding(4096), sequence_length=256, batch_size=16),
-    optimizer=OptimizerConfig(learning_rate=4e-3),
-    train=TrainConfig(steps=1000, checkpoint_every=250),
+    data=DataConfig(PythonStandardLibrary(), BytePairEncoding(2048), sequence_length=256, batch_size=8),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
+    train=TrainConfig(steps=600, checkpoint_every=150),
 )
