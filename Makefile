@@ -19,7 +19,9 @@ help:
 
 demo: $(VENV)/base.stamp
 	@$(BIN)/python -m experiments.train demo --workdir $(RUN)
+	@echo && echo "A sample:"
 	@$(BIN)/python -m experiments.generate $(RUN) --prompt "def " --max-new-tokens 200 --temperature 0.7
+	@echo && echo "To type the commands above in this shell, first: source $(BIN)/activate"
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup

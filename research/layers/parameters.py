@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.axes import Array, Float
-from research.sharding.mesh import P, declare, gathered
+from research.sharding.mesh import P, declare, gathered, on_mesh
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype, spec: P, *, fan_in: int, gain: float = 1.0) -> nnx.Param:
@@ -20,12 +20,15 @@ def constant(value: Array, dtype, spec: P) -> nnx.Param:
     return nnx.Param(jnp.asarray(value, dtype), out_sharding=declare(spec))
 
 
-def project(x: Float[Array, "*rows D"], w_DN: Float[Array, "D N"]) -> Float[Array, "*rows N"]:
-    """``x @ w`` over the last axis.
+def project(x: Float[Array, "*rows D"], w_DN: Float[Array, "D N"], dtype=None) -> Float[Array, "*rows N"]:
+    """``x @ w`` over the last axis, in x's dtype or the wider ``dtype``.
 
     As one product of two matrices: with two leading axes XLA's CPU backend takes half again as long for the gradient.
     """
-    return (x.reshape(-1, x.shape[-1]) @ w_DN).reshape(*x.shape[:-1], w_DN.shape[-1])
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), w_DN, preferred_element_type=dtype)
+    # Where the rows lie over several mesh axes, a reshape alone cannot know which of its axes takes them.
+    spec = P(*jax.typeof(x).sharding.spec[:-1], None) if on_mesh() else None
+    return jax.lax.reshape(y, (*x.shape[:-1], w_DN.shape[-1]), out_sharding=spec)
 
 
 def read(variable: nnx.Variable, dtype=None) -> Array:

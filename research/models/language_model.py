@@ -9,7 +9,7 @@ from flax import nnx
 
 from research.axes import Array, Float, Int
 from research.layers.context import Context
-from research.layers.parameters import normal, read
+from research.layers.parameters import normal, project, read
 from research.models.config import ModelConfig
 from research.models.stages import build_stage, factorise, init_states, run_stage
 from research.ops.linear_attention.segments import real_and_reset
@@ -92,11 +92,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head on normalised hidden states; float32 or wider."""
-        tied = self.head_DV is None
-        head_DV = read(self.embedding_VD, x_BTD.dtype).T if tied else read(self.head_DV, x_BTD.dtype)
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_NV = jnp.matmul(x_ND, head_DV, preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
-        return logits_NV.reshape(*x_BTD.shape[:-1], -1)
+        dtype = x_BTD.dtype
+        head_DV = read(self.embedding_VD, dtype).T if self.head_DV is None else read(self.head_DV, dtype)
+        return project(x_BTD, head_DV, dtype=jnp.promote_types(x_BTD.dtype, jnp.float32))
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> Cache:
         """An empty cache for ``batch`` rows of up to ``max_length`` tokens; attention's keys and values are stored in

@@ -32,7 +32,7 @@ def run(*arguments):
 
 def test_it_prints_the_number_that_training_printed():
     directory = tiny_run()
-    code, out, err = run(directory, "--json", "--batch-size", 16)
+    code, out, err = run(directory, "--json")
     assert code == 0, err
     result, trained = json.loads(out), json.loads((directory / "result.json").read_text())
     assert result["bits_per_byte"] == pytest.approx(trained["held_out"]["bits_per_byte"], rel=1e-5)
@@ -43,10 +43,11 @@ def test_it_prints_the_number_that_training_printed():
     assert result["perplexity"] == pytest.approx(math.exp(result["nats_per_token"]))
 
 
+@pytest.mark.slow  # compiles its own program
 def test_files_are_scored_whole(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve ".encode() * 30)
     (tmp_path / "b.bin").write_bytes(bytes(range(256)))
-    code, out, err = run(tiny_run(), "--files", tmp_path / "*.txt", tmp_path / "b.bin", "--json", "--batch-size", 16)
+    code, out, err = run(tiny_run(), "--files", tmp_path / "*.txt", tmp_path / "b.bin", "--json")
     assert code == 0, err
     result = json.loads(out)
     # A token a byte, and one for the end of each document.

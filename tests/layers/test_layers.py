@@ -19,7 +19,7 @@ MIXERS = {
     "gated_deltanet": GatedDeltaNetConfig(heads=4, key_heads=2, key_width=6, value_width=5),
     "attention": AttentionConfig(heads=4, key_heads=2, head_width=8, rotary_fraction=0.5),
     "attention, plain": AttentionConfig(
-        heads=2, key_heads=2, head_width=6, gated=False, qk_norm=None, rotary_fraction=0
+        heads=2, key_heads=2, head_width=6, gated=False, qk_norm=None, rotary_fraction=0.0
     ),
     "moe": MoEConfig(experts=4, per_token=2, hidden=6, shared_hidden=6, shared_gate=True),
     "moe, no shared expert": MoEConfig(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from research.layers.attention import AttentionConfig
@@ -26,9 +27,11 @@ CONFIG = ModelConfig(
 
 
 def small_model(config: ModelConfig = CONFIG, seed: int = 0) -> LanguageModel:
-    """Every parameter drawn at random, norms and biases included, so that none hides behind its initial value."""
-    model = jax.jit(lambda key: LanguageModel(config, rngs=nnx.Rngs(params=key)))(jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(key, x.shape, jnp.float32) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    """Every parameter drawn at random, norms and biases included, with nothing to compile."""
+    random = np.random.default_rng(seed)
+
+    def draw(leaf):
+        scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 2 else 0.3
+        return jnp.asarray(scale * random.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0))))

@@ -18,9 +18,9 @@ with Interrupts(lambda line: print(line, flush=True), "Resume with: again") as i
     interrupts.nothing_to_save = sys.argv[1] == "starting"
     print("ready", flush=True)
     end = time.monotonic() + 30
+    for _ in range(30 if sys.argv[1] != "between" else 0):
+        hold(900_000)
     while interrupts.received is None and time.monotonic() < end:
-        for _ in range(30 if sys.argv[1] != "between" else 0):
-            hold(900_000)
         time.sleep(0.01)
     print("saved", flush=True)
 sys.exit(interrupts.exit_code)

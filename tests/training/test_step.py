@@ -16,7 +16,7 @@ from research.training.step import make_eval_step, make_train_step, split_rows
 from tests.models.small import CONFIG
 
 B, T = 8, 10
-MODEL = dataclasses.replace(CONFIG, pattern=("linear", "moe", "full", "moe"), repeats=1)
+MODEL = dataclasses.replace(CONFIG, pattern=("linear", "moe"), repeats=2)
 
 
 def batch():
