@@ -30,6 +30,7 @@ def run(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow  # compiles its own program
 def test_it_prints_the_number_that_training_printed():
     directory = tiny_run()
     code, out, err = run(directory, "--json")

@@ -173,6 +173,7 @@ def test_float64_under_x64():
             check(got, expected(x, cotangents), bound=1e-13, absolute=1e-12)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
     T=st.integers(1, 80),

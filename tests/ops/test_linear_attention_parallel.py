@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from research.ops.linear_attention.context_parallel import context_parallel
 from tests.ops.test_linear_attention import MECHANISMS, NAMES, check, expected, make
 
+pytestmark = pytest.mark.slow
 T = 48
 ROWS = np.stack(
     [
