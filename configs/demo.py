@@ -25,5 +25,5 @@ CONFIG = ExperimentConfig(
     ),
     data=DataConfig(PythonStandardLibrary(), BytePairEncoding(2048), sequence_length=256, batch_size=8),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
-    train=TrainConfig(steps=400, checkpoint_every=100, evaluate_every=100),
+    train=TrainConfig(steps=500, checkpoint_every=100, evaluate_every=100),
 )
