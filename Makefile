@@ -24,7 +24,7 @@ demo: $(VENV)/base.stamp
 	@echo && echo "To type the commands above in this shell, first: source $(BIN)/activate"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

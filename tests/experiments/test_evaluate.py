@@ -11,8 +11,6 @@ import pytest
 from experiments import cli, evaluate
 from tests.experiments.tiny import tiny_run
 
-pytestmark = pytest.mark.xdist_group("tiny_run")
-
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):

@@ -29,7 +29,6 @@ def run(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.xdist_group("tiny_run")
 def test_it_writes_what_generate_generates():
     directory, prompts = tiny_run(), ["def ", "é"]
     trained = load_for_inference(directory)
@@ -48,7 +47,6 @@ def test_it_writes_what_generate_generates():
     assert code == 0 and out.startswith("def " + first[: first.index(stop) + 2] + "\n\né")
 
 
-@pytest.mark.xdist_group("tiny_run")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,7 +1,4 @@
-"""A run of configs/tiny that several tests open: trained by a real process on two devices, once per test process.
-
-Tests that open it carry ``pytest.mark.xdist_group("tiny_run")``, so that one process runs them all.
-"""
+"""A run of configs/tiny that several tests open: trained by a real process on two devices, once per test process."""
 
 import atexit
 import functools

@@ -26,7 +26,6 @@ def execute(devices: int) -> nbformat.NotebookNode:
     return client.execute(cwd=str(NOTEBOOK.parent), env=env)
 
 
-@pytest.mark.xdist_group("tiny_run")
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_notebook_runs_on_any_number_of_devices(devices):
     """The run was trained on two."""

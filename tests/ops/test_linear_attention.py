@@ -108,6 +108,7 @@ def test_the_default_as_shipped(name):
     check(as_shipped(x, cotangents), expected(x, cotangents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "T"), [*(("gated_deltanet", T) for T in (1, 2, 15, 63, 64, 500, 1024)), ("kda", 2), ("kda", 500)]
 )

@@ -46,7 +46,8 @@ class Ran:
 
 def run(mesh=(1, 1), micro_batches=1, steps=3) -> Ran:
     mesh = mesh and make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1]])
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 10)
+    # A large eps: Adam's sign of a gradient that is zero but for rounding would differ from form to form.
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-2), 10)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         graphdef, state = create_state(MODEL, optimizer, seed=0)
         before = jax.tree.map(np.array, state.params)  # a view would keep the buffer from being donated
@@ -104,9 +105,8 @@ def test_metrics_say_what_the_router_did(reference):
 )
 def test_micro_batches_and_meshes_change_nothing(reference, mesh, micro_batches):
     other = run(mesh, micro_batches)
-    for index, (ours, theirs) in enumerate(zip(other.metrics, reference.metrics, strict=True)):
-        # Adam divides a gradient by its own size: from the second step on, rounding counts for more.
-        chex.assert_trees_all_close(ours, theirs, rtol=1e-4 if index else 1e-5, atol=1e-6)
+    for ours, theirs in zip(other.metrics, reference.metrics, strict=True):
+        chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=1e-6)
     chex.assert_trees_all_equal(
         *(list(map(np.asarray, jax.tree.leaves(ran.state.variables))) for ran in (other, reference))
     )
