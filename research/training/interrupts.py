@@ -59,10 +59,11 @@ class Interrupts:
     def _hear(self, number: int):
         name = signal.Signals(number).name
         if self.received is None:
-            self.received, self._first_at = number, time.monotonic()
             if self.nothing_to_save:
                 self._quit(number, f"{name}: stopped before there was anything new to save. {self.resume_line}")
+            # Said before the loop can know of it, so that what the loop then prints comes after this line.
             self._say(f"{name}: finishing this step, then saving (once more to quit at once)")
+            self.received, self._first_at = number, time.monotonic()
         elif time.monotonic() - self._first_at > SAME_REQUEST_SECONDS:
             self._quit(self.received, f"{name} again: quitting without saving. {self.resume_line}")
 
