@@ -63,64 +63,115 @@ def causal_conv(
 def _local(activation, x_BTD, w_WD, bias_D, tail, segment_ids):
     B, _, D = x_BTD.shape
     tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
-    return _causal_conv(activation, *vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids)))
+    x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))
+    if segment_ids is not None:
+        x_BTD = jnp.where((segment_ids > 0)[..., None], x_BTD, 0)
+    y_BTD = _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids)
+    return y_BTD, _next_tail(x_BTD, tail, segment_ids)
+
+
+def _next_tail(x_BTD, tail, segment_ids_BT):
+    """The last W − 1 real tokens of the row's last segment, or of the old tail where that segment began before it."""
+    row_BSD, taps = jnp.concatenate([tail, x_BTD], axis=1), tail.shape[1]
+    if segment_ids_BT is None:
+        return row_BSD[:, x_BTD.shape[1] :]
+    real_BT, reset_BT = real_and_reset(segment_ids_BT)
+    rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
+    first_B1 = jnp.max(jnp.where(reset_BT, rank_BT, -taps), axis=1, keepdims=True)
+    wanted_BW = rank_BT[:, -1:] + 1 + jnp.arange(-taps, 0, dtype=jnp.int32)
+    # The token of a rank is the first whose running count reaches it; ranks below 0 lie in the tail.
+    place_BW = jax.vmap(jnp.searchsorted)(rank_BT, wanted_BW).astype(jnp.int32)
+    index_BW = jnp.where(wanted_BW < 0, wanted_BW, place_BW) + taps
+    new_tail = jnp.take_along_axis(row_BSD, index_BW[..., None], axis=1)
+    return jnp.where((wanted_BW >= first_B1)[..., None], new_tail, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal_conv(activation, *arguments):
-    return _choose(activation, arguments[-1], lambda form: form(*arguments))
+def _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
+    """The outputs, for x that is zero in padded places. Only the inputs are kept for the backward pass."""
+    arrays = (x_BTD, w_WD, bias_D, tail, segment_ids_BT)
+    return _choose(segment_ids_BT, lambda form: form[0](activation, *arrays))
 
 
-def _forward(activation, *arguments):
-    return _causal_conv(activation, *arguments), arguments
+def _convolve_forward(activation, *arrays):
+    return _convolve(activation, *arrays), arrays
 
 
-def _backward(activation, arguments, cotangents):
-    *floats, segment_ids = arguments
-
-    def pull(form):
-        return jax.vjp(lambda *floats: form(*floats, segment_ids), *floats)[1](cotangents)
-
-    ids_gradient = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
-    return *_choose(activation, segment_ids, pull), ids_gradient
+def _convolve_backward(activation, arrays, dy_BTD):
+    segment_ids_BT = arrays[-1]
+    ids_gradient = None if segment_ids_BT is None else np.zeros(segment_ids_BT.shape, jax.dtypes.float0)
+    return *_choose(segment_ids_BT, lambda form: form[1](activation, *arrays, dy_BTD)), ids_gradient
 
 
-_causal_conv.defvjp(_forward, _backward)
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _choose(activation, segment_ids_BT, run):
+def _choose(segment_ids_BT, run):
     """``run`` the gathering form only where padding precedes a real token: shifts are several times faster, forwards
-    and backwards, and serve packed and right-padded rows. Only inputs are kept for the backward pass."""
-    shifting = functools.partial(_shifting, activation)
+    and backwards, and serve packed and right-padded rows."""
+    shifting = (_shifting, _shifting_backward)
     if segment_ids_BT is None:
         return run(shifting)
     real_BT = segment_ids_BT > 0
     scattered = jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
-    return jax.lax.cond(scattered, lambda: run(functools.partial(_gathering, activation)), lambda: run(shifting))
+    return jax.lax.cond(scattered, lambda: run((_gathering, _gathering_backward)), lambda: run(shifting))
 
 
 def _shifting(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     """For rows whose padding, if any, comes last."""
+    y_BTD = _ACTIVATIONS[activation](_shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT))
+    return _masked(segment_ids_BT, y_BTD).astype(x_BTD.dtype)
+
+
+def _shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     T, W = x_BTD.shape[1], w_WD.shape[0]
-    if segment_ids_BT is None:
-        row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
-        y_BTD = sum(_tap(row_BSD[:, w : w + T], w_WD[w]) for w in range(W))
-        return _finish(y_BTD, bias_D, activation, x_BTD.dtype), row_BSD[:, T:]
-    real_BT = segment_ids_BT > 0
-    row_BSD = jnp.concatenate([tail, jnp.where(real_BT[..., None], x_BTD, 0)], axis=1)
-    # The tail is the first segment's.
-    ids_BS = jnp.concatenate([jnp.repeat(segment_ids_BT[:, :1], W - 1, axis=1), segment_ids_BT], axis=1)
-    y_BTD = 0
+    row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
+    ids_BS = _row_ids(segment_ids_BT, W)
+    y_BTD = 0.0
     for w in range(W):
-        seen_BT = real_BT & (ids_BS[:, w : w + T] == segment_ids_BT)
-        y_BTD = y_BTD + jnp.where(seen_BT[..., None], _tap(row_BSD[:, w : w + T], w_WD[w]), 0)
-    y_BTD = jnp.where(real_BT[..., None], _finish(y_BTD, bias_D, activation, x_BTD.dtype), 0)
-    count_B1 = jnp.sum(real_BT, axis=1, dtype=jnp.int32, keepdims=True)
-    index_BW = count_B1 + jnp.arange(W - 1, dtype=jnp.int32)
-    last_B1 = jnp.take_along_axis(segment_ids_BT, jnp.maximum(count_B1 - 1, 0), axis=1)
-    of_last_BW = (jnp.take_along_axis(ids_BS, index_BW, axis=1) == last_B1) | (count_B1 == 0)
-    new_tail = jnp.take_along_axis(row_BSD, index_BW[..., None], axis=1)
-    return y_BTD, jnp.where(of_last_BW[..., None], new_tail, 0)
+        y_BTD = y_BTD + _where_same(ids_BS, w, T, _tap(row_BSD[:, w : w + T], w_WD[w]))
+    return y_BTD if bias_D is None else y_BTD + bias_D.astype(y_BTD.dtype)
+
+
+def _shifting_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy_BTD):
+    """Written out: what autodiff makes of the shifts takes three times as long."""
+    T, W = x_BTD.shape[1], w_WD.shape[0]
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    row_BSD = jnp.concatenate([tail, x_BTD], axis=1).astype(wide)
+    ids_BS = _row_ids(segment_ids_BT, W)
+    pre_BTD = _shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT)
+    (d_BTD,) = jax.vjp(_ACTIVATIONS[activation], pre_BTD)[1](dy_BTD.astype(pre_BTD.dtype))
+    # The barrier keeps XLA from computing the activation's derivative again in each of the sums below.
+    d_BTD = jax.lax.optimization_barrier(_masked(segment_ids_BT, d_BTD))
+    # Output t reads row entry t + w with tap w, so entry s is read by output s − w.
+    later_BSD = jnp.pad(d_BTD, [(0, 0), (W - 1, W - 1), (0, 0)])
+    later_ids_BS = None if ids_BS is None else jnp.pad(segment_ids_BT, [(0, 0), (W - 1, W - 1)])
+    drow_BSD, dw = 0.0, []
+    for w in range(W):
+        back = W - 1 - w
+        read_BSD = _tap(later_BSD[:, back : back + T + W - 1], w_WD[w])
+        if ids_BS is not None and later_ids_BS is not None:
+            same_BS = later_ids_BS[:, back : back + T + W - 1] == ids_BS
+            read_BSD = jnp.where(same_BS[..., None], read_BSD, 0)
+        drow_BSD = drow_BSD + read_BSD
+        dw.append(jnp.sum(_where_same(ids_BS, w, T, row_BSD[:, w : w + T]) * d_BTD, axis=(0, 1)))
+    drow_BSD = drow_BSD.astype(x_BTD.dtype)
+    dbias = None if bias_D is None else jnp.sum(d_BTD, axis=(0, 1)).astype(bias_D.dtype)
+    return drow_BSD[:, W - 1 :], jnp.stack(dw).astype(w_WD.dtype), dbias, drow_BSD[:, : W - 1]
+
+
+def _row_ids(segment_ids_BT, W):
+    """Ids of the row with its tail before it, which is the first segment's."""
+    if segment_ids_BT is None:
+        return None
+    return jnp.concatenate([jnp.repeat(segment_ids_BT[:, :1], W - 1, axis=1), segment_ids_BT], axis=1)
+
+
+def _where_same(ids_BS, w, T, x_BTD):
+    """``x`` where the token and the one that tap w reads are of one segment."""
+    if ids_BS is None:
+        return x_BTD
+    return jnp.where((ids_BS[:, w : w + T] == ids_BS[:, -T:])[..., None], x_BTD, 0)
 
 
 def _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
@@ -130,26 +181,30 @@ def _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     # Token t is real token number rank[t] of the row.
     rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
     order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
-    x_BTD = jnp.where(real_BT[..., None], x_BTD, 0)
     dense_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
     # first[t]: rank of the first token of t's segment, or −(W−1) where the tail belongs to it.
     first_BT = jax.lax.cummax(jnp.where(reset_BT, rank_BT, 1 - W), axis=1)
     row_BSD = jnp.concatenate([tail, dense_BTD], axis=1)
-    total = 0
+    y_BTD = 0.0
     for w in range(W):
-        back = W - 1 - w
-        source_BT = rank_BT - back
+        source_BT = rank_BT - (W - 1 - w)
         seen_BT = real_BT & (source_BT >= first_BT)
         index_BT = jnp.clip(source_BT + W - 1, 0, T + W - 2)
         x_w = jnp.take_along_axis(row_BSD, index_BT[..., None], axis=1)
-        total = total + _tap(jnp.where(seen_BT[..., None], x_w, 0), w_WD[w])
-    y_BTD = _finish(total, bias_D, activation, x_BTD.dtype)
-    y_BTD = jnp.where(real_BT[..., None], y_BTD, 0)
-    count_B1 = jnp.sum(real_BT, axis=1, dtype=jnp.int32, keepdims=True)
-    rank_BW = count_B1 + jnp.arange(1 - W, 0, dtype=jnp.int32)
-    new_tail = jnp.take_along_axis(row_BSD, (rank_BW + W - 1)[..., None], axis=1)
-    new_tail = jnp.where((rank_BW >= first_BT[:, -1:])[..., None], new_tail, 0)
-    return y_BTD, new_tail
+        y_BTD = y_BTD + _tap(jnp.where(seen_BT[..., None], x_w, 0), w_WD[w])
+    y_BTD = y_BTD if bias_D is None else y_BTD + bias_D.astype(y_BTD.dtype)
+    return _masked(segment_ids_BT, _ACTIVATIONS[activation](y_BTD)).astype(x_BTD.dtype)
+
+
+def _gathering_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy_BTD):
+    def form(*floats):
+        return _gathering(activation, *floats, segment_ids_BT)
+
+    return jax.vjp(form, x_BTD, w_WD, bias_D, tail)[1](dy_BTD)
+
+
+def _masked(segment_ids_BT, y_BTD):
+    return y_BTD if segment_ids_BT is None else jnp.where((segment_ids_BT > 0)[..., None], y_BTD, 0)
 
 
 def causal_conv_step(
@@ -168,12 +223,6 @@ def causal_conv_step(
 def _tap(x_BTD, w_D):
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
     return x_BTD.astype(dtype) * w_D.astype(dtype)
-
-
-def _finish(y_BTD, bias_D, activation, dtype):
-    if bias_D is not None:
-        y_BTD = y_BTD + bias_D.astype(y_BTD.dtype)
-    return _ACTIVATIONS[activation](y_BTD).astype(dtype)
 
 
 def check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation) -> None:
