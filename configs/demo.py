@@ -24,6 +24,7 @@ CONFIG = ExperimentConfig(
         ),
         pattern=("deltanet", "experts") * 3 + ("attention", "experts"),
         repeats=1,
+        unroll=3,
     ),
     data=DataConfig(PythonStandardLibrary(), BytePairEncoding(2048), sequence_length=256, batch_size=8),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),

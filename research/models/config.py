@@ -49,6 +49,8 @@ class ModelConfig:
       dtype: computed in. Routers, states and losses stay in float32.
       param_dtype: parameters are stored in.
       remat: recompute each unit in the backward pass instead of storing its activations.
+      unroll: repeats of a stage that are compiled side by side: spares the copies a scan makes of what it saves, for
+        compilation that takes as many times longer.
     """
 
     vocab_size: int
@@ -61,6 +63,7 @@ class ModelConfig:
     dtype: DType = "float32"
     param_dtype: DType = "float32"
     remat: bool = False
+    unroll: int = 1
 
     def __post_init__(self):
         names = [branch.name for branch in self.branches]
@@ -69,7 +72,7 @@ class ModelConfig:
         unknown = [name for name in self.pattern if name not in names]
         if unknown:
             raise ValueError(f"pattern names {unknown[0]!r}, which is no branch: the branches are {', '.join(names)}")
-        for field in ("vocab_size", "width", "repeats"):
+        for field in ("vocab_size", "width", "repeats", "unroll"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if not self.pattern:

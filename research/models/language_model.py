@@ -81,7 +81,8 @@ class LanguageModel(nnx.Module):
         states, auxes = [], []
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
-            x_BTD, after, aux = run_stage(stacked, x_BTD, before, context, remat=self.config.remat)
+            options = {"remat": self.config.remat, "unroll": self.config.unroll}
+            x_BTD, after, aux = run_stage(stacked, x_BTD, before, context, **options)
             states.append(after)
             auxes.append(aux)
         if cache is not None:

@@ -91,7 +91,7 @@ def build_stage(stage: Stage[Residual], width: int, *, depth: int, rngs: nnx.Rng
     return nnx.vmap(nnx.transform_metadata(make, partition=None))(rngs.split(stage.repeats))
 
 
-def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool):
+def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool, unroll: int):
     """All repeats of a stage; ``states`` and the auxiliaries that come back are stacked over repeats."""
 
     def body(x_BTD, repeat):
@@ -100,7 +100,7 @@ def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool):
         return x_BTD, (states, auxes)
 
     body = jax.checkpoint(body) if remat else body
-    x_BTD, (states, auxes) = jax.lax.scan(body, x_BTD, (stacked, states))
+    x_BTD, (states, auxes) = jax.lax.scan(body, x_BTD, (stacked, states), unroll=unroll)
     return x_BTD, states, auxes
 
 
