@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from research.layers.attention import AttentionConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
+from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig
 from research.layers.norms import RMSNormConfig
 
 # Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
-Mixer = GatedDeltaNetConfig | AttentionConfig | MoEConfig | MLPConfig
+Mixer = GatedDeltaNetConfig | AttentionConfig | MLAConfig | MoEConfig | MLPConfig
 DType = Literal["float32", "bfloat16", "float64"]
 
 
