@@ -12,7 +12,7 @@ from research.layers.attention import AttentionConfig
 from research.layers.context import Context
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mlp import MLPConfig
-from research.layers.moe import MoEConfig
+from research.layers.moe import MoEConfig, TopKRouter
 
 B, T, D = 2, 9, 12
 MIXERS = {
@@ -23,7 +23,7 @@ MIXERS = {
     ),
     "moe": MoEConfig(experts=4, per_token=2, hidden=6, shared_hidden=6, shared_gate=True),
     "moe, no shared expert": MoEConfig(
-        experts=4, per_token=1, hidden=6, shared_hidden=0, score="sigmoid", renormalise=False
+        experts=4, per_token=1, hidden=6, shared_hidden=0, router=TopKRouter("sigmoid", renormalise=False)
     ),
     "mlp": MLPConfig(hidden=10),
 }
