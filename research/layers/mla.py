@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, §2.1): keys and values of all heads in one small latent."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -115,13 +115,13 @@ class MLA(nnx.Module):
         out = H * c.value_width
         self.w_out_ND = normal(rngs, (out, D), param_dtype, P(None, "fsdp"), fan_in=out, gain=depth**-0.5)
 
-    def __call__(self, x_BTD, state: LatentCache | None, context: Context):
+    def __call__(self, x_BTD, state: LatentCache | None, context: Context) -> tuple[Any, Any, Any]:
         q_BTHK, _ = self.queries(x_BTD, context)
         batched = (q_BTHK, self.latents(x_BTD, context), state, context.segment_ids_BT, context.cached_B)
         o_BTHV, state = per_shard(self._attend, batched, read(self.w_up_KN, x_BTD.dtype))
         return self.output(o_BTHV), state, None
 
-    def init_state(self, batch: int, max_length: int, dtype) -> LatentCache:
+    def init_state(self, batch: int, max_length: int, dtype) -> Any:
         return LatentCache(jnp.zeros((batch, max_length, self.config.latent + self.config.rope_width), dtype))
 
     def queries(self, x_BTD, context: Context):

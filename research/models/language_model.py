@@ -85,7 +85,8 @@ class LanguageModel(nnx.Module):
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
             options = {"remat": self.config.remat, "unroll": self.config.unroll}
-            x_BTD, after, aux = run_stage(stacked, x_BTD, before, context, **options)
+            x_BTD, selected_BTN, after, aux = run_stage(stacked, x_BTD, before, context, **options)
+            context = dataclasses.replace(context, selected_BTN=selected_BTN)
             states.append(after)
             auxes.append(aux)
         if cache is not None:
