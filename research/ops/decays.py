@@ -17,16 +17,17 @@ def lightning_log_decay(heads: int, layer: Array | int, layers: int) -> Float[Ar
       heads: H, across the whole layer.
       layer: l, from 0: the layer's absolute place among the model's L ``layers``; may be traced.
 
-    Returns: [H], float32.
+    Returns: [H], float32 (float64 under x64).
     """
-    depth = 1 - jnp.asarray(layer, jnp.float32) / (layers - 1 + 1e-5) + 1e-5
-    return -(2.0 ** (-8 * jnp.arange(1, heads + 1, dtype=jnp.float32) / heads)) * depth
+    dtype = jnp.result_type(float)
+    depth = 1 - jnp.asarray(layer, dtype) / (layers - 1 + 1e-5) + 1e-5
+    return -(2.0 ** (-8 * jnp.arange(1, heads + 1, dtype=dtype) / heads)) * depth
 
 
 def retention_log_decay(heads: int) -> Float[Array, " H"]:
     """RetNet's log-decays a token, log γ_h with γ_h = 1 − 2^(−5−h), h = 0 … H−1 (Sun et al. 2023, arXiv 2307.08621,
-    eq. 8). Returns [H], float32."""
-    return jnp.log1p(-(2.0 ** (-5 - jnp.arange(heads, dtype=jnp.float32))))
+    eq. 8). Returns [H], float32 (float64 under x64)."""
+    return jnp.log1p(-(2.0 ** (-5 - jnp.arange(heads, dtype=jnp.result_type(float)))))
 
 
 def step_size(x: Float[Array, "..."], bias: Float[Array, "..."], limits: tuple[float, float] | None = None):

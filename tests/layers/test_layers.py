@@ -23,11 +23,13 @@ from research.layers.lightning import LightningConfig
 from research.layers.linear_attention import LinearAttentionConfig
 from research.layers.mamba import MambaConfig
 from research.layers.mamba2 import Mamba2Config
+from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
-from research.layers.moe import MoEConfig, TopKRouter
+from research.layers.moe import MoEConfig
 from research.layers.place import Place, Placed
 from research.layers.recurrence import RecurrentState
 from research.layers.retnet import RetNetConfig
+from tests.layers import definitions
 
 B, T, D = 2, 11, 12
 # Short chunks, so that several meet in a row of eleven tokens.
@@ -52,6 +54,7 @@ MIXERS = RECURRENT | {
     "attention, plain": AttentionConfig(
         heads=2, key_heads=2, head_width=6, gated=False, qk_norm=None, rotary_fraction=0.0
     ),
+    "mla": MLAConfig(heads=3, nope_width=6, rope_width=4, value_width=5, latent=8),
     "moe": MoEConfig(experts=4, per_token=2, hidden=6, shared_hidden=6, shared_gate=True),
     "mlp": MLPConfig(hidden=10),
 }
@@ -125,6 +128,19 @@ def test_parallel_equals_recurrent(name):
     parallel, _ = train(mixer, x_BTD, WHOLE)
     recurrent, _ = step_by_step(mixer, x_BTD[1:])
     chex.assert_trees_all_close(parallel[1:], recurrent, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_mixer_is_its_papers(name):
+    """Against ``definitions``: float64, from the papers, token by token."""
+    mixer, x_BTD = mixer_of(name), inputs()
+    leaves = nnx.to_flat_state(nnx.state(mixer))
+    parameters = {path[-1]: np.asarray(variable[...], np.float64) for path, variable in leaves}
+    define = getattr(definitions, name.split(",")[0].replace(" ", "_"))
+    want = np.stack([define(parameters, mixer.config, x_TD.astype(np.float64)) for x_TD in x_BTD])
+    got, _ = train(mixer, x_BTD, WHOLE)
+    assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < 2e-6
+    chex.assert_trees_all_close(np.asarray(got, np.float64), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MIXERS)
