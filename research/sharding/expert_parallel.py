@@ -24,7 +24,7 @@ from research.ops.routing import Assignment, as_token_choice, from_choice
 from research.sharding.mesh import axis_size
 
 AXIS = "expert"
-METHODS = ("auto", "all_to_all", "ring")
+METHODS = ("auto", "all_to_all", "ragged", "padded", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def exchange_plan(
 
     Args:
       devices_reached: how many devices a token's experts may lie on at most (device-limited routing); None for any.
-      method: 'auto' takes the fewest bytes.
+      method: 'auto' takes the fewest bytes; 'all_to_all' is ragged on TPU and padded elsewhere; 'ragged', 'padded' and
+        'ring' are what they are everywhere (only TPUs and GPUs can run the ragged one).
 
     Raises:
       ValueError: experts that don't divide over the devices, an unknown method.
@@ -95,9 +96,9 @@ def exchange_plan(
     }
 
     def choose(all_to_all):
-        if method == "ring" or (method == "auto" and costs["ring"] <= costs[all_to_all]):
-            return "ring"
-        return all_to_all
+        if method == "auto":
+            return "ring" if costs["ring"] <= costs[all_to_all] else all_to_all
+        return all_to_all if method == "all_to_all" else method
 
     return ExchangePlan(
         bytes=costs,

@@ -164,7 +164,7 @@ def split_rows(x, parts: int):
 
 
 def _expert_layers(model: LanguageModel, aux) -> Iterator[tuple[Any, balancing.RouterStatistics]]:
-    """Every mixer that routes (its configuration has ``losses``) with its statistics."""
+    """Every mixer that routes, with its statistics."""
     for stacked, entries in zip(model.stages, aux, strict=True):
         for branch, entry in zip(stacked.branches, entries, strict=True):
             if isinstance(entry, balancing.RouterStatistics):

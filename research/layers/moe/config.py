@@ -1,6 +1,7 @@
 """What a mixture of experts is made of."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Literal
 
 from flax import nnx
@@ -9,6 +10,7 @@ from research.axes import Array
 from research.layers.moe.routers import GShardRouter, ReinforceRouter, Router, Scope, TopKRouter
 from research.ops import balancing
 from research.ops.dispatch import GATED, activation
+from research.sharding.expert_parallel import ExchangePlan, exchange_plan
 
 if TYPE_CHECKING:
     from research.layers.moe.layer import MoE
@@ -121,7 +123,7 @@ class MoEConfig:
     load_loss: float = 0.0
     bias_rate: float = 0.0
     quantile_bias: bool = False
-    exchange: Literal["auto", "all_to_all", "ring"] = "auto"
+    exchange: Literal["auto", "all_to_all", "ragged", "padded", "ring"] = "auto"
     chunks: int = 1
     slack: float = 2.0
 
@@ -167,6 +169,21 @@ class MoEConfig:
         from research.layers.moe.layer import MoE
 
         return MoE(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+
+    def exchange_plan(self, width: int, tokens: int, devices: int, *, itemsize: int = 2) -> ExchangePlan:
+        """What tokens travelling over ``devices`` of the expert axis cost, with ``tokens`` tokens on each: print it."""
+        top_groups, groups = getattr(self.router, "top_groups", 0), self.groups or max(1, devices // self.group_devices)
+        return exchange_plan(
+            tokens // math.gcd(self.chunks, tokens),
+            self.latent or width,
+            experts=self.experts,
+            per_token=self.per_token,
+            devices=devices,
+            itemsize=itemsize,
+            devices_reached=-(-top_groups * devices // groups) if top_groups else None,
+            method=self.exchange,
+            slack=self.slack,
+        )
 
     def losses(self, statistics: balancing.RouterStatistics) -> dict[str, Array]:
         """The layer's auxiliary losses, coefficients included, from sums over the whole batch."""

@@ -183,6 +183,8 @@ class MoE(nnx.Module):
             groups=groups,
             sequences=B if c.sequence_loss else None,
         )
+        if isinstance(c.router, ExpertChoiceRouter):  # no token has a first choice
+            statistics = dataclasses.replace(statistics, first_counts_E=statistics.counts_E)
         if c.quantile_bias:
             margins_EQ = balancing.quantile_margins(assignment.scores_TE, router["bias_E"], c.per_token, mask_T=mask_T)
             statistics = dataclasses.replace(statistics, margins_EQ=margins_EQ)
