@@ -22,7 +22,7 @@ from research.ops.linear_attention.segments import real_and_reset, select
 from research.ops.linear_attention.varying import vary_alike
 
 Implementation = Literal["recurrent", "chunked"]
-# Measured on CPU at B1 T2048 D256 K16: 16 and 256 tokens a chunk, and jax.lax.associative_scan inside it, are all slower.
+# Of 16 to 256 by forward and backward time on CPU at D=256 and 512, K=16. jax.lax.associative_scan inside a chunk is slower.
 _CHUNK = 64
 
 
@@ -52,7 +52,8 @@ def selective_scan(
       initial_state: [B, D, K], zeros when None. It belongs to the row's first segment.
       segment_ids: [B, T], as for ``linear_attention``: a token whose id differs from the last non-zero id before it starts
         from a zero state; id 0 is padding, which outputs 0 and touches nothing, whatever its values.
-      implementation: 'recurrent' (token by token: the definition), 'chunked', or None, which is 'chunked'.
+      implementation: 'recurrent' (token by token: the definition), 'chunked', or None, which is 'chunked' except that on a
+        CPU the forward pass walks a chunk token by token.
       chunk_size: tokens a chunk, a power of two; None is the tuned size.
 
     Returns:
@@ -113,13 +114,14 @@ def _local(dt_softplus, implementation, chunk_size, x_BTD, dt_BTD, A_DK, B_BTK, 
     dt_BTD = jax.nn.softplus(dt_BTD) if dt_softplus else dt_BTD
     if real_BT is not None:
         dt_BTD = select(real_BT, dt_BTD)  # a step of no length: nothing decays, nothing is written
-    tokens = (x_BTD, dt_BTD, B_BTK, C_BTK, reset_BT)
-    tokens, A_DK, state_BDK = vary_alike((tokens, A_DK.astype(dtype), state_BDK))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x_BTD, dt_BTD, B_BTK, C_BTK, reset_BT))
+    arguments = vary_alike((tokens, A_DK.astype(dtype), state_BDK))
     if implementation == "recurrent":
-        y_BTD, state_BDK = _recurrent(tokens, A_DK, state_BDK)
+        y_TBD, state_BDK = _recurrent(*arguments)
     else:
         C = min(_CHUNK, 1 << (T - 1).bit_length()) if chunk_size is None else chunk_size
-        y_BTD, state_BDK = _chunked(tokens, A_DK, state_BDK, C)
+        y_TBD, state_BDK = _chunked(implementation, C, *arguments)
+    y_BTD = jnp.moveaxis(y_TBD, 0, 1)
     if skip_D is not None:
         y_BTD = y_BTD + skip_D.astype(dtype) * x_BTD.astype(dtype)
     y_BTD = y_BTD if real_BT is None else select(real_BT, y_BTD)
@@ -136,34 +138,60 @@ def _terms(token, A_DK):
     return decay, write, C.astype(dtype)
 
 
-def _recurrent(tokens, A_DK, state_BDK):
+def _recurrent(tokens, A_DK, h_BDK):
+    """Token by token; tokens lead with [T, B]."""
+
     def body(h_BDK, token):
         decay_BDK, write_BDK, C_BK = _terms(token, A_DK)
         h_BDK = decay_BDK * h_BDK + write_BDK
         return h_BDK, jnp.sum(C_BK[:, None] * h_BDK, axis=-1)
 
-    state_BDK, y_TBD = jax.lax.scan(body, state_BDK, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
-    return jnp.moveaxis(y_TBD, 0, 1), state_BDK
+    h_BDK, y_TBD = jax.lax.scan(body, h_BDK, tokens)
+    return y_TBD, h_BDK
 
 
-def _chunked(tokens, A_DK, state_BDK, C):
-    B, T, D = tokens[0].shape
+def _parallel(tokens, A_DK, h_BDK):
+    """All states of the tokens at once; tokens lead with [C, B]."""
+    decay_CBDK, write_CBDK, C_CBK = _terms(tokens, A_DK)
+    h_CBDK = _states(decay_CBDK, write_CBDK, h_BDK)
+    return jnp.sum(C_CBK[:, :, None] * h_CBDK, axis=-1), h_CBDK[-1]
+
+
+def _chunked(implementation, C, tokens, A_DK, h_BDK):
+    T, B, D = tokens[0].shape
     J = -(-T // C)
 
-    def chunks(x_BT):
+    def chunks(x_TB):
         """[J, C, B, ...], the last chunk filled up with steps of no length."""
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, J, C, *x_BT.shape[2:]), 0, 2)
+        x_TB = jnp.pad(x_TB, [(0, J * C - T)] + [(0, 0)] * (x_TB.ndim - 1))
+        return x_TB.reshape(J, C, *x_TB.shape[1:])
 
-    # Recomputed in the backward pass: only the state before each chunk is kept.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(h_BDK, chunk):
-        decay_CBDK, write_CBDK, C_CBK = _terms(chunk, A_DK)
-        h_CBDK = _states(decay_CBDK, write_CBDK, h_BDK)
-        return h_CBDK[-1], jnp.sum(C_CBK[:, :, None] * h_CBDK, axis=-1)
+        y_CBD, h_BDK = _chunk(implementation, chunk, A_DK, h_BDK)
+        return h_BDK, y_CBD
 
-    state_BDK, y_JCBD = jax.lax.scan(body, state_BDK, jax.tree.map(chunks, tokens))
-    return jnp.moveaxis(y_JCBD, 2, 0).reshape(B, J * C, D)[:, :T], state_BDK
+    h_BDK, y_JCBD = jax.lax.scan(body, h_BDK, jax.tree.map(chunks, tokens))
+    return y_JCBD.reshape(J * C, B, D)[:T], h_BDK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk(implementation, tokens, A_DK, h_BDK) -> Any:
+    """(y_CBD, the state after the chunk); keeps nothing but its arguments for the backward pass."""
+    if implementation == "chunked":
+        return _parallel(tokens, A_DK, h_BDK)
+    # A CPU has no use for more parallelism than rows and channels offer, and all states at once is twice the work.
+    return jax.lax.platform_dependent(tokens, A_DK, h_BDK, cpu=_recurrent, default=_parallel)
+
+
+def _chunk_forward(implementation, *arguments):
+    return _chunk(implementation, *arguments), arguments
+
+
+def _chunk_backward(implementation, arguments, cotangents):
+    return jax.vjp(_parallel, *arguments)[1](cotangents)
+
+
+_chunk.defvjp(_chunk_forward, _chunk_backward)
 
 
 @jax.custom_vjp

@@ -95,7 +95,7 @@ def check(got, want, bound=2e-6, absolute=1e-4):
 
 @pytest.mark.parametrize(
     ("implementation", "length", "chunk_size"),
-    [("recurrent", T, None), ("chunked", T, None), ("chunked", T, 8), ("chunked", 1, None), ("chunked", 130, None)],
+    [("recurrent", T, None), ("chunked", T, 8), ("chunked", 1, None), ("chunked", 130, None), (None, 70, None)],
 )
 def test_every_form_matches_the_oracle(implementation, length, chunk_size):
     x, cotangents = make(length)
