@@ -5,6 +5,7 @@
 The denominator is one more column of v, all ones, in the same call of ``linear_attention``: one scan, one state [K, V + 1].
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from research.axes import Array, Float, Int
 from research.ops.linear_attention import linear_attention, linear_attention_step
+from research.ops.linear_attention.context_parallel import context_parallel
 from research.ops.linear_attention.segments import select
 
 FeatureMap = Literal["identity", "elu", "relu", "softmax"]
@@ -45,6 +47,7 @@ def normalised_linear_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V+1"]]:
     """The averages above over the token's own segment.
 
@@ -53,6 +56,7 @@ def normalised_linear_attention(
       feature_map: as in ``feature_map`` here. All but 'identity' keep the weights from being negative.
       initial_state: [B, H, K, V + 1]: Σ φ(k) vᵀ and, last, Σ φ(k), of the tokens before; zeros when None.
       segment_ids, implementation, chunk_size: as for ``linear_attention``, padding rule included.
+      axis_name: inside ``jax.shard_map``, the mesh axis over which the sequence is sharded (see ``context_parallel``).
 
     Returns:
       o_BTHV in v's dtype, and the state after the last real token in promote_types(input, float32). Where the weights sum to
@@ -64,7 +68,8 @@ def normalised_linear_attention(
     if segment_ids is not None:
         # Before the feature map, or what is NaN in the padding would be NaN in its gradient.
         q_BTGK, k_BTGK, v_BTHV = (select(segment_ids > 0, x) for x in (q_BTGK, k_BTGK, v_BTHV))
-    o_BTHV, state = linear_attention(
+    attend = linear_attention if axis_name is None else functools.partial(context_parallel, axis_name=axis_name)
+    o_BTHV, state = attend(
         *_with_ones(q_BTGK, k_BTGK, v_BTHV, feature_map), initial_state=initial_state, segment_ids=segment_ids,
         implementation=implementation, chunk_size=chunk_size,
     )  # fmt: skip

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of
+from research.ops.linear_attention.context_parallel import _compose as compose
+from research.ops.linear_attention.context_parallel import _previous_id as previous_id
 from research.ops.linear_attention.segments import real_and_reset, select
 from research.ops.linear_attention.varying import vary_alike
 
@@ -40,6 +42,7 @@ def selective_scan(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D K"]]:
     """Run the selective recurrence over a sequence, each channel with K states of its own.
 
@@ -55,6 +58,8 @@ def selective_scan(
       implementation: 'recurrent' (token by token: the definition), 'chunked', or None, which is 'chunked' except that on a
         CPU the forward pass walks a chunk token by token.
       chunk_size: tokens a chunk, a power of two; None is the tuned size.
+      axis_name: inside ``jax.shard_map``, the mesh axis over which the sequence is sharded. ``initial_state`` and the state
+        returned are then the whole sequence's, the same on every shard, and segments may cross shards.
 
     Returns:
       y_BTD in x's dtype, and the state after the last real token, [B, D, K] in promote_types(input, float32).
@@ -67,7 +72,7 @@ def selective_scan(
     """
     check_arguments(x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, initial_state, segment_ids)
     _check_implementation(implementation, chunk_size)
-    run = functools.partial(_local, dt_softplus, implementation, chunk_size)
+    run = functools.partial(_local, dt_softplus, implementation, chunk_size, axis_name)
     arrays = (x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, initial_state, segment_ids)
     split = spec_of(x_BTD)
     if split is None:
@@ -100,14 +105,13 @@ def selective_scan_step(
     return y_BTD[:, 0], state_BDK
 
 
-def _local(dt_softplus, implementation, chunk_size, x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, state, ids):
-    B, T, D = x_BTD.shape
-    given = (x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, state)
-    dtype = jnp.promote_types(jnp.result_type(*(x for x in given if x is not None)), jnp.float32)
-    state_BDK = jnp.zeros((B, D, A_DK.shape[1]), dtype) if state is None else state.astype(dtype)
-    y_dtype, real_BT, reset_BT = x_BTD.dtype, None, None
+def _local(dt_softplus, implementation, chunk_size, axis_name, *arrays):
+    x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, state, ids = arrays
+    dtype = jnp.promote_types(jnp.result_type(*(x for x in arrays[:-1] if x is not None)), jnp.float32)
+    state_BDK = jnp.zeros((x_BTD.shape[0], *A_DK.shape), dtype) if state is None else state.astype(dtype)
+    y_dtype, A_DK, real_BT, reset_BT = x_BTD.dtype, A_DK.astype(dtype), None, None
     if ids is not None:
-        real_BT, reset_BT = real_and_reset(ids)
+        real_BT, reset_BT = real_and_reset(ids, None if axis_name is None else previous_id(ids, axis_name))
         x_BTD, dt_BTD, B_BTK, C_BTK = (select(real_BT, x) for x in (x_BTD, dt_BTD, B_BTK, C_BTK))
     dt_BTD = dt_BTD.astype(dtype)
     dt_BTD = dt_BTD if dt_bias_D is None else dt_BTD + dt_bias_D.astype(dtype)
@@ -115,17 +119,31 @@ def _local(dt_softplus, implementation, chunk_size, x_BTD, dt_BTD, A_DK, B_BTK, 
     if real_BT is not None:
         dt_BTD = select(real_BT, dt_BTD)  # a step of no length: nothing decays, nothing is written
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x_BTD, dt_BTD, B_BTK, C_BTK, reset_BT))
-    arguments = vary_alike((tokens, A_DK.astype(dtype), state_BDK))
-    if implementation == "recurrent":
-        y_TBD, state_BDK = _recurrent(*arguments)
+    walk = functools.partial(_walk, implementation, chunk_size, tokens, A_DK)
+    if axis_name is None:
+        y_TBD, state_BDK = walk(state_BDK)
     else:
-        C = min(_CHUNK, 1 << (T - 1).bit_length()) if chunk_size is None else chunk_size
-        y_TBD, state_BDK = _chunked(implementation, C, *arguments)
+        # Shards walk from nothing, learn what enters them, and walk again from that.
+        decay_BDK = jnp.exp(jnp.sum(dt_BTD, axis=1)[..., None] * A_DK)
+        if reset_BT is not None:
+            decay_BDK = jnp.where(jnp.any(reset_BT, axis=1)[:, None, None], 0, decay_BDK)
+        written_BDK = walk(jnp.zeros_like(state_BDK))[1]
+        entering_BDK, state_BDK = compose(jnp.multiply, decay_BDK, written_BDK, state_BDK, axis_name)
+        y_TBD, _ = walk(entering_BDK)
     y_BTD = jnp.moveaxis(y_TBD, 0, 1)
     if skip_D is not None:
         y_BTD = y_BTD + skip_D.astype(dtype) * x_BTD.astype(dtype)
     y_BTD = y_BTD if real_BT is None else select(real_BT, y_BTD)
     return y_BTD.astype(y_dtype), state_BDK
+
+
+def _walk(implementation, chunk_size, tokens, A_DK, state_BDK):
+    """(y_TBD, the last state); tokens lead with [T, B]."""
+    arguments = vary_alike((tokens, A_DK, state_BDK))
+    if implementation == "recurrent":
+        return _recurrent(*arguments)
+    T = tokens[0].shape[0]
+    return _chunked(implementation, chunk_size or min(_CHUNK, 1 << (T - 1).bit_length()), *arguments)
 
 
 def _terms(token, A_DK):
@@ -167,15 +185,15 @@ def _chunked(implementation, C, tokens, A_DK, h_BDK):
         return x_TB.reshape(J, C, *x_TB.shape[1:])
 
     def body(h_BDK, chunk):
-        y_CBD, h_BDK = _chunk(implementation, chunk, A_DK, h_BDK)
-        return h_BDK, y_CBD
+        stepped: Any = _chunk(implementation, chunk, A_DK, h_BDK)
+        return stepped[1], stepped[0]
 
     h_BDK, y_JCBD = jax.lax.scan(body, h_BDK, jax.tree.map(chunks, tokens))
     return y_JCBD.reshape(J * C, B, D)[:T], h_BDK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk(implementation, tokens, A_DK, h_BDK) -> Any:
+def _chunk(implementation, tokens, A_DK, h_BDK):
     """(y_CBD, the state after the chunk); keeps nothing but its arguments for the backward pass."""
     if implementation == "chunked":
         return _parallel(tokens, A_DK, h_BDK)

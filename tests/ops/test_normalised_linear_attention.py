@@ -171,6 +171,29 @@ def test_steps_are_the_sequence():
     np.testing.assert_allclose(state, final, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_sequence_over_eight_devices_is_whole():
+    x, cotangents = make("elu")
+    pad = lambda a: np.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
+    x = {n: a if n == "initial_state" else pad(a) for n, a in x.items()}
+    cotangents, ids = (pad(cotangents[0]), cotangents[1]), pad(ROWS)
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens, whole = jax.P(None, "context"), jax.P()
+    specs = {n: whole if n == "initial_state" else tokens for n in NAMES}
+
+    @jax.jit
+    def run(x, cotangents):
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens), out_specs=(tokens, whole))
+        def op(x, ids):
+            options = {"initial_state": x["initial_state"], "segment_ids": ids, "axis_name": "context"}
+            return normalised_linear_attention(x["q"], x["k"], x["v"], **options)
+
+        (o, state), pull = jax.vjp(lambda x: op(x, ids), x)
+        return o, state, pull(cotangents)[0]
+
+    check(run(x, cotangents), oracle(x, cotangents, "elu", ids))
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="feature_map must be one of identity, elu, relu, softmax; got 'exp'"):
         feature_map(jnp.ones((1, 2)), "exp")

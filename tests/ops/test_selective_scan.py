@@ -204,6 +204,30 @@ def test_a_mesh_runs_each_device_on_its_own_rows_and_channels():
     check(got, oracle(x, cotangents))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_over_eight_devices_is_whole(packed):
+    x, cotangents = make(48)
+    ids = np.pad(ROWS, [(0, 0), (6, 5)], constant_values=9) if packed else None
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens, whole = jax.P(None, "context"), jax.P()
+    specs = {n: tokens if n in ("x", "dt", "B", "C") else whole for n in NAMES}
+
+    @jax.jit
+    def run(x, cotangents, ids):
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, tokens), out_specs=(tokens, whole))
+        def op(x, ids):
+            return selective_scan(
+                *(x[n] for n in NAMES[:5]), skip_D=x["skip"], dt_bias_D=x["dt_bias"], dt_softplus=True,
+                initial_state=x["initial_state"], segment_ids=ids, axis_name="context",
+            )  # fmt: skip
+
+        (y, state), pull = jax.vjp(lambda x: op(x, ids), x)
+        return y, state, pull(cotangents)[0]
+
+    check(run(x, cotangents, ids), oracle(x, cotangents, ids))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
