@@ -78,19 +78,21 @@ class TopKRouter:
 
     def route(self, inputs: RouterInputs, constants: RouterConstants) -> Routed:
         limited = 0 < self.top_groups < constants.groups
-        return Routed(
-            routing.top_k(
-                inputs.logits_TE,
-                constants.per_token,
-                score=self.score,
-                renormalise=self.renormalise,
-                gated=self.gated,
-                scale=self.scale,
-                bias_E=constants.bias_E,
-                group_limit=GroupLimit(constants.groups, self.top_groups, self.group_score) if limited else None,
-                mask_T=inputs.mask_T,
-                weight_on=self.weight_on,
-            )
+        limit = GroupLimit(constants.groups, self.top_groups, self.group_score) if limited else None
+        return Routed(self.choose(inputs.logits_TE, constants.per_token, constants.bias_E, inputs.mask_T, limit))
+
+    def choose(self, logits_TE, per_token: int, bias_E, mask_T, group_limit: GroupLimit | None = None) -> Assignment:
+        return routing.top_k(
+            logits_TE,
+            per_token,
+            score=self.score,
+            renormalise=self.renormalise,
+            gated=self.gated,
+            scale=self.scale,
+            bias_E=bias_E,
+            group_limit=group_limit,
+            mask_T=mask_T,
+            weight_on=self.weight_on,
         )
 
 

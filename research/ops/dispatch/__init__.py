@@ -3,7 +3,7 @@
 from research.ops.dispatch.activations import GATED, activation
 from research.ops.dispatch.capacity import expert_capacity, limit_capacity
 from research.ops.dispatch.expert_mlp import expert_mlp, swiglu
-from research.ops.dispatch.groups import Groups, combine, dispatch, group
+from research.ops.dispatch.groups import Groups, combine, dispatch, from_rows, group, to_rows
 from research.ops.dispatch.one_hot import one_hot_combine, one_hot_dispatch, one_hot_mlp
 
 __all__ = [
@@ -14,10 +14,12 @@ __all__ = [
     "dispatch",
     "expert_capacity",
     "expert_mlp",
+    "from_rows",
     "group",
     "limit_capacity",
     "one_hot_combine",
     "one_hot_dispatch",
     "one_hot_mlp",
     "swiglu",
+    "to_rows",
 ]

@@ -213,3 +213,13 @@ def combine(y_MD: Float[Array, "M D"], groups: Groups, *, weighted: bool = False
     if groups.weight_on == "output" and not weighted:
         y_MD = y_MD * groups.weight_M[:, None].astype(y_MD.dtype)
     return _combine(y_MD, groups)
+
+
+def to_rows(x_AD: Float[Array, "A D"], groups: Groups) -> Float[Array, "M D"]:
+    """What each assignment brings, rather than its token, in row order; zero at padding rows. Unweighted."""
+    return _permute(x_AD, groups.assignment_M, groups.row_A)
+
+
+def from_rows(y_MD: Float[Array, "M D"], groups: Groups) -> Float[Array, "A D"]:
+    """Rows back in the order of assignments, unsummed and unweighted; zero where an assignment has no expert."""
+    return _permute(y_MD, groups.row_A, groups.assignment_M)
