@@ -4,7 +4,9 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+from flax import nnx
 
+from research.axes import Array
 from research.layers.attention import AttentionConfig
 from research.layers.deltanet import DeltaNetConfig
 from research.layers.dsa import DSAConfig
@@ -26,8 +28,59 @@ TokenMixer = (
     LinearAttentionConfig | RetNetConfig | LightningConfig | MambaConfig | Mamba2Config | GLAConfig
     | DeltaNetConfig | GatedDeltaNetConfig | KDAConfig | AttentionConfig | MLAConfig | DSAConfig
 )  # fmt: skip
-Mixer = TokenMixer | MoEConfig | MLPConfig
 DType = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HNetConfig:
+    """A model over chunks that it learns to cut (H-Net, arXiv 2507.07955): layers as in ``ModelConfig``, between the layers
+    around it. See ``research.models.hnet``.
+
+    Attributes:
+      width: of its layers, at least that around it; None is the same.
+      ratio: tokens a chunk that the ratio loss asks for.
+      loss: coefficient of the ratio loss.
+      capacity: slots for chunks as a share of the tokens, without a cache; tokens past them stay in the last chunk.
+    """
+
+    branches: tuple["Residual", ...]
+    pattern: tuple[str, ...]
+    repeats: int = 1
+    width: int | None = None
+    ratio: float = 6.0
+    loss: float = 0.03
+    capacity: float = 1.0
+    final_norm: RMSNormConfig = RMSNormConfig()
+
+    def __post_init__(self):
+        _check_pattern(self)
+        if self.ratio <= 1:
+            raise ValueError(f"ratio must be more than 1, got {self.ratio}")
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity must be more than 0 and at most 1, got {self.capacity}")
+
+    @property
+    def layers(self) -> tuple["Residual", ...]:
+        return _layers(self)
+
+    def flops(self, width: int, context: float) -> float:
+        """With a chunk every ``ratio`` tokens."""
+        inner = sum(branch.mixer.flops(self.width or width, context / self.ratio) for branch in self.layers)
+        return 2 * 3 * width * width + inner / self.ratio
+
+    def losses(self, statistics) -> dict[str, Array]:
+        """The auxiliary losses of chunks and of the layers over them, coefficients included, from sums over the batch."""
+        from research.models.hnet import chunk_losses
+
+        return chunk_losses(self, statistics)
+
+    def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
+        from research.models.hnet import HNet
+
+        return HNet(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+
+
+Mixer = TokenMixer | MoEConfig | MLPConfig | HNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +97,27 @@ class Residual:
     skip: Literal["input", "normed"] = "input"
     skip_scale: float = 1.0
     branch_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, §2.2): head k predicts the token k places after the next.
+
+    Attributes:
+      pattern: names of the model's branches that each head runs.
+      depth: how many heads, one after the other.
+      shared: one set of parameters for all of them (GLM-5).
+      loss: coefficient of the mean of their losses.
+    """
+
+    pattern: tuple[str, ...]
+    depth: int = 1
+    shared: bool = False
+    loss: float = 0.3
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +139,7 @@ class ModelConfig:
       remat: recompute each unit in the backward pass instead of storing its activations.
       unroll: repeats of a stage that are compiled side by side: spares the copies a scan makes of what it saves, for
         compilation that takes as many times longer.
+      mtp: heads that predict tokens further ahead; None for none.
     """
 
     vocab_size: int
@@ -78,26 +153,38 @@ class ModelConfig:
     param_dtype: DType = "float32"
     remat: bool = False
     unroll: int = 1
+    mtp: MTPConfig | None = None
 
     def __post_init__(self):
-        names = [branch.name for branch in self.branches]
-        if len(set(names)) != len(names):
-            raise ValueError(f"branches must have distinct names, got {', '.join(names)}")
-        unknown = [name for name in self.pattern if name not in names]
-        if unknown:
-            raise ValueError(f"pattern names {unknown[0]!r}, which is no branch: the branches are {', '.join(names)}")
-        for field in ("vocab_size", "width", "repeats", "unroll"):
+        _check_pattern(self, () if self.mtp is None else self.mtp.pattern)
+        for field in ("vocab_size", "width", "unroll"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not self.pattern:
-            raise ValueError("pattern must name at least one branch, got none")
 
     @property
     def layers(self) -> tuple[Residual, ...]:
         """Every residual branch in the order it runs."""
-        branches = {branch.name: branch for branch in self.branches}
-        return tuple(branches[name] for name in self.pattern * self.repeats)
+        return _layers(self)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+def _check_pattern(config: ModelConfig | HNetConfig, ahead: tuple[str, ...] = ()) -> None:
+    names = [branch.name for branch in config.branches]
+    if len(set(names)) != len(names):
+        raise ValueError(f"branches must have distinct names, got {', '.join(names)}")
+    for field, pattern in (("pattern", config.pattern), ("mtp.pattern", ahead)):
+        unknown = [name for name in pattern if name not in names]
+        if unknown:
+            raise ValueError(f"{field} names {unknown[0]!r}, which is no branch: the branches are {', '.join(names)}")
+    if config.repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {config.repeats}")
+    if not config.pattern:
+        raise ValueError("pattern must name at least one branch, got none")
+
+
+def _layers(config: ModelConfig | HNetConfig) -> tuple[Residual, ...]:
+    branches = {branch.name: branch for branch in config.branches}
+    return tuple(branches[name] for name in config.pattern * config.repeats)

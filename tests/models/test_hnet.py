@@ -1,0 +1,170 @@
+"""Learned chunking against its definition in NumPy; one and two stages, causal, packed, decoded."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.config import from_json, to_json
+from research.layers.attention import AttentionConfig
+from research.layers.gated_deltanet import GatedDeltaNetConfig
+from research.layers.mlp import MLPConfig
+from research.models.config import HNetConfig, ModelConfig, Residual
+from research.ops.dynamic_chunking import (
+    ChunkStatistics,
+    Routing,
+    chunk_statistics,
+    gather_chunks,
+    ratio_loss,
+    route,
+    spread_chunks,
+    straight_through,
+)
+from tests.models.small import small_model
+
+random = np.random.default_rng(0)
+IDS = np.asarray([[1] * 8 + [2] * 5, [0, 3, 3, 0, 3, 3, 3, 3, 5, 5, 5, 0, 0]], np.int32)
+B, T, D = 2, 13, 6
+
+LAYERS = (
+    Residual("linear", GatedDeltaNetConfig(heads=2, key_heads=1, key_width=6, value_width=6)),
+    Residual("full", AttentionConfig(heads=2, key_heads=1, head_width=8, rotary_fraction=0.5)),
+    Residual("mlp", MLPConfig(hidden=12)),
+)
+INNER = HNetConfig(LAYERS, ("full", "mlp"), width=14, ratio=3.0)
+TWO = HNetConfig((*LAYERS, Residual("chunks", INNER, skip_scale=0.0)), ("mlp", "chunks", "linear"), ratio=2.0)
+
+
+def config_of(hnet):
+    branches = (*LAYERS, Residual("chunks", hnet, skip_scale=0.0))
+    return ModelConfig(vocab_size=31, width=12, branches=branches, pattern=("linear", "chunks", "mlp"))
+
+
+call = jax.jit(lambda model, *args, **kwargs: model(*args, **kwargs))
+
+
+def tokens_of(length=T, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 31, (2, length)), jnp.int32)
+
+
+def test_the_way_to_chunks_and_back():
+    """Every document by itself, token by token, in float64."""
+    q, k, x = (random.normal(size=(B, T, D)) for _ in range(3))
+    h = random.normal(size=(B, T, D))
+    with jax.enable_x64(True):
+        ids = jnp.asarray(IDS)
+        routing, _ = route(jnp.asarray(q), jnp.asarray(k), ids)
+        x_BMD, p_BM, ids_BM = gather_chunks(jnp.asarray(x), routing, ids, slots=T)
+        y_BTD, last_BD = spread_chunks(jnp.asarray(h), p_BM, ids_BM, routing)
+        statistics = chunk_statistics(routing, ids)
+    routing, x_BMD, ids_BM, y_BTD, last_BD = jax.tree.map(np.asarray, (routing, x_BMD, ids_BM, y_BTD, last_BD))
+    boundaries, total = 0, 0.0
+    for b in range(B):
+        previous, document, chunk = None, 0, -1
+        for t in range(T):
+            if IDS[b, t] == 0:
+                assert not routing.boundary_BT[b, t] and routing.probability_BT[b, t] == 0
+                continue
+            if IDS[b, t] != document:
+                p, z = 1.0, np.zeros(D)
+            else:
+                a, c = q[b, previous], k[b, t]
+                p = (1 - a @ c / np.linalg.norm(a) / np.linalg.norm(c)) / 2
+            previous, document, total = t, IDS[b, t], total + p
+            np.testing.assert_allclose(routing.probability_BT[b, t], p, atol=1e-12)
+            if p > 0.5:
+                chunk, boundaries = chunk + 1, boundaries + 1
+                np.testing.assert_array_equal(x_BMD[b, chunk], x[b, t])
+                assert ids_BM[b, chunk] == document
+                P = np.clip(p, 1e-4, 1 - 1e-4)
+                z = P * h[b, chunk] + (1 - P) * z
+            np.testing.assert_allclose(y_BTD[b, t], z, atol=1e-10)
+        assert (ids_BM[b, chunk + 1 :] == 0).all()
+        np.testing.assert_allclose(last_BD[b], z, atol=1e-10)
+    chex.assert_trees_all_close(statistics, ChunkStatistics(22.0, boundaries, total), atol=1e-6)
+
+
+def test_the_merge_passes_its_gradient_straight():
+    p = jnp.asarray([[1.0, 0.2, 0.7]])
+    value, pull = jax.vjp(lambda p: straight_through(Routing(p, p > 0.5)), p)
+    np.testing.assert_array_equal(value, jnp.ones((1, 3)))
+    np.testing.assert_array_equal(pull(jnp.ones((1, 3)))[0], [[1.0, -1.0, 1.0]])
+
+
+def test_the_ratio_loss_is_one_at_its_ratio():
+    def loss(F, G):
+        return float(ratio_loss(ChunkStatistics(*(jnp.asarray(x) for x in (100.0, 100 * F, 100 * G))), 5.0))
+
+    assert loss(0.2, 0.2) == pytest.approx(1)
+    assert loss(1.0, 1.0) == pytest.approx(5) and loss(0.0, 0.0) == pytest.approx(1.25)
+    # Too many boundaries: fewer is better.
+    assert loss(0.5, 0.4) < loss(0.5, 0.5)
+
+
+@pytest.mark.parametrize("hnet", [INNER, pytest.param(TWO, marks=pytest.mark.slow)], ids=["one stage", "two stages"])
+def test_decoding_continues_prefill(hnet):
+    model, tokens_BT = small_model(config_of(hnet)), tokens_of()
+    whole = call(model, tokens_BT)
+    out = call(model, tokens_BT[:, :7], cache=model.init_cache(2, T))
+    logits = [out.logits_BTV]
+    for t in range(7, T):
+        out = call(model, tokens_BT[:, t : t + 1], cache=out.cache)
+        logits.append(out.logits_BTV)
+    chex.assert_trees_all_close(jnp.concatenate(logits, axis=1), whole.logits_BTV, atol=3e-5)
+    statistics = whole.aux[0][1].chunks
+    assert 2 < statistics.boundaries[0] < 2 * T
+
+
+@pytest.mark.parametrize("hnet", [TWO], ids=["two stages"])
+def test_documents_are_separate_and_padding_is_nothing(hnet):
+    model, tokens_BT = small_model(config_of(hnet)), tokens_of(12)
+    ids_BT = jnp.asarray([[1] * 7 + [2] * 5, [0] + [4] * 9 + [0, 0]], jnp.int32)
+    packed = call(model, tokens_BT, ids_BT).logits_BTV
+    for row, start, stop in ((0, 0, 7), (0, 7, 12), (1, 1, 10)):
+        # Padded to one length, to compile once.
+        alone_1T = jnp.zeros((1, 9), jnp.int32).at[0, : stop - start].set(tokens_BT[row, start:stop])
+        alone_ids = (jnp.arange(9) < stop - start).astype(jnp.int32)[None]
+        alone = call(model, alone_1T, alone_ids).logits_BTV
+        chex.assert_trees_all_close(packed[row, start:stop], alone[0, : stop - start], atol=3e-5)
+
+
+def test_gradients_reach_the_router_and_the_losses_nest():
+    model, tokens_BT = small_model(config_of(TWO)), tokens_of()
+
+    @jax.jit
+    def gradient(model):
+        def loss(model):
+            out = model(tokens_BT)
+            losses = jax.vmap(TWO.losses)(out.aux[0][1])
+            return jnp.sum(jnp.sin(out.logits_BTV)) + losses["ratio_loss"].sum(), losses
+
+        return jax.grad(loss, has_aux=True)(model)
+
+    slopes, losses = gradient(model)
+    assert set(losses) == {"ratio_loss"} and losses["ratio_loss"].shape == (1,)
+    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+        assert np.isfinite(slope).all() and jnp.abs(slope).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_too_many_chunks_stay_in_the_last():
+    """Half the slots: nothing before the overflow changes, and nothing after it fails."""
+    model, tokens_BT = small_model(config_of(dataclasses.replace(INNER, capacity=0.3))), tokens_of()
+    logits = call(model, tokens_BT).logits_BTV
+    assert np.isfinite(logits).all()
+    before = call(model, tokens_BT.at[:, 9:].add(1) % 31).logits_BTV
+    chex.assert_trees_all_close(before[:, :9], logits[:, :9], atol=1e-5)
+
+
+def test_a_configuration_within_itself_survives_json():
+    config = config_of(TWO)
+    assert from_json(ModelConfig, to_json(config)) == config
+    for fields, message in (
+        ({"ratio": 1.0}, "ratio must be more than 1, got 1.0"),
+        ({"capacity": 0.0}, "capacity must be more than 0 and at most 1, got 0.0"),
+        ({"pattern": ("none",)}, "pattern names 'none', which is no branch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(INNER, **fields)
