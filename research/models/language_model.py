@@ -12,6 +12,7 @@ from research.layers.context import Context
 from research.layers.parameters import normal, project, read
 from research.layers.place import Place
 from research.models.config import ModelConfig
+from research.models.multi_token import MultiToken
 from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
 from research.ops.linear_attention.segments import real_and_reset
 from research.sharding.mesh import P, look_up
@@ -51,6 +52,7 @@ class LanguageModel(nnx.Module):
         self.stages = nnx.List(stages)
         self.final_norm = config.final_norm.build(D, param_dtype=dtype)
         self.head_DV = None if config.tie_embeddings else normal(rngs, (D, V), dtype, P("fsdp", None), fan_in=D)
+        self.mtp = None if config.mtp is None else MultiToken(config, place=place, rngs=rngs, param_dtype=dtype)
 
     def __call__(
         self,
@@ -79,8 +81,7 @@ class LanguageModel(nnx.Module):
         cached_B = None if cache is None else cache.length_B
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
         context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, deterministic=key is None)
-        table_VD = read(self.embedding_VD, self.config.compute_dtype)
-        x_BTD = look_up(table_VD, tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         states, auxes = [], []
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
@@ -94,6 +95,9 @@ class LanguageModel(nnx.Module):
             new_B = jnp.full(B, T) if segment_ids is None else jnp.sum(segment_ids > 0, axis=1)
             cache = Cache(cache.length_B + new_B.astype(cache.length_B.dtype), tuple(states))
         return self.final_norm(x_BTD), cache, tuple(auxes)
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return look_up(read(self.embedding_VD, self.config.compute_dtype), tokens_BT)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head on normalised hidden states; float32 or wider."""
