@@ -1,6 +1,7 @@
 """What every layer of a call may read beside its own input."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +20,7 @@ class Context:
       cached_B: tokens each row's cache already holds; None without a cache.
       key: for layers that draw at random; None where the call is deterministic.
       deterministic: no layer may draw at random or use training-only behaviour.
+      selected_BTN: the keys that the last layer to hand its selection on chose (``research.ops.sparse_attention``).
     """
 
     positions_BT: Int[Array, "B T"]
@@ -27,3 +29,12 @@ class Context:
     cached_B: Int[Array, " B"] | None = None
     key: Array | None = None
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
+    selected_BTN: Int[Array, "B T N"] | None = None
+
+
+class HandedOn(NamedTuple):
+    """What a layer that hands its selection on returns as its auxiliary: the auxiliary itself, and the selection, which
+    rides in the scan's carry beside x to ``Context.selected_BTN`` of later layers."""
+
+    aux: Any
+    selected_BTN: Int[Array, "B T N"] | None

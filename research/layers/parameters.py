@@ -20,6 +20,18 @@ def constant(value: Array, dtype, spec: P) -> nnx.Param:
     return nnx.Param(jnp.asarray(value, dtype), out_sharding=declare(spec))
 
 
+def dt_bias(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    """What softplus takes to step sizes log-uniform in [1e-3, 1e-1], as Mamba (Gu & Dao 2023, section 3.6) starts them."""
+    dt = jnp.exp(jax.random.uniform(rngs.params(), shape, minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
+    return constant(dt + jnp.log(-jnp.expm1(-dt)), jnp.float32, P(*(None,) * len(shape)))
+
+
+def log_rate(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    """The logarithm of decay rates uniform in [1, 16], as Mamba-2 (Dao & Gu 2024) starts them."""
+    rate = jax.random.uniform(rngs.params(), shape, minval=1.0, maxval=16.0)
+    return constant(jnp.log(rate), jnp.float32, P(*(None,) * len(shape)))
+
+
 def project(x: Float[Array, "*rows D"], w_DN: Float[Array, "D N"], dtype=None) -> Float[Array, "*rows N"]:
     """``x @ w`` over the last axis, in x's dtype or the wider ``dtype``.
 

@@ -6,13 +6,27 @@ from typing import Literal
 import jax.numpy as jnp
 
 from research.layers.attention import AttentionConfig
+from research.layers.deltanet import DeltaNetConfig
+from research.layers.dsa import DSAConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
+from research.layers.gla import GLAConfig
+from research.layers.kda import KDAConfig
+from research.layers.lightning import LightningConfig
+from research.layers.linear_attention import LinearAttentionConfig
+from research.layers.mamba import MambaConfig
+from research.layers.mamba2 import Mamba2Config
+from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig
 from research.layers.norms import RMSNormConfig
+from research.layers.retnet import RetNetConfig
 
 # Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
-Mixer = GatedDeltaNetConfig | AttentionConfig | MoEConfig | MLPConfig
+TokenMixer = (
+    LinearAttentionConfig | RetNetConfig | LightningConfig | MambaConfig | Mamba2Config | GLAConfig
+    | DeltaNetConfig | GatedDeltaNetConfig | KDAConfig | AttentionConfig | MLAConfig | DSAConfig
+)  # fmt: skip
+Mixer = TokenMixer | MoEConfig | MLPConfig
 DType = Literal["float32", "bfloat16", "float64"]
 
 

@@ -10,8 +10,9 @@ from flax import nnx
 from research.axes import Array, Float, Int
 from research.layers.context import Context
 from research.layers.parameters import normal, project, read
+from research.layers.place import Place
 from research.models.config import ModelConfig
-from research.models.stages import build_stage, factorise, init_states, run_stage
+from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
 from research.ops.linear_attention.segments import real_and_reset
 from research.sharding.mesh import P, look_up
 
@@ -42,10 +43,12 @@ class LanguageModel(nnx.Module):
         self.plan = factorise(config.layers)
         # Unit entries for the residual stream; unit rows where the head shares them, so that logits start of order one.
         self.embedding_VD = normal(rngs, (V, D), dtype, P(None, "fsdp"), fan_in=D if config.tie_embeddings else 1)
-        depth = len(config.layers)
-        self.stages = nnx.List(
-            [build_stage(stage, D, depth=depth, rngs=rngs, param_dtype=dtype) for stage in self.plan]
-        )
+        place, stages = Place(0, token_mixers(config.layers)), []
+        for stage in self.plan:
+            options = {"depth": len(config.layers), "place": place, "rngs": rngs, "param_dtype": dtype}
+            stages.append(build_stage(stage, D, **options))
+            place = place._replace(layer=place.layer + token_mixers(stage.unit) * stage.repeats)
+        self.stages = nnx.List(stages)
         self.final_norm = config.final_norm.build(D, param_dtype=dtype)
         self.head_DV = None if config.tie_embeddings else normal(rngs, (D, V), dtype, P("fsdp", None), fan_in=D)
 
@@ -82,7 +85,8 @@ class LanguageModel(nnx.Module):
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
             options = {"remat": self.config.remat, "unroll": self.config.unroll}
-            x_BTD, after, aux = run_stage(stacked, x_BTD, before, context, **options)
+            x_BTD, selected_BTN, after, aux = run_stage(stacked, x_BTD, before, context, **options)
+            context = dataclasses.replace(context, selected_BTN=selected_BTN)
             states.append(after)
             auxes.append(aux)
         if cache is not None:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
-from research.models.config import Residual
+from research.layers.context import Context, HandedOn
+from research.layers.place import Place, Placed
+from research.models.config import Residual, TokenMixer
+from research.sharding.mesh import on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,11 @@ def factorise[Layer: Hashable](layers: Sequence[Layer]) -> tuple[Stage[Layer], .
 class Branch(nnx.Module):
     """One residual branch (see ``Residual``)."""
 
-    def __init__(self, config: Residual, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
+    def __init__(self, config: Residual, width: int, *, depth: int, place: Place, rngs: nnx.Rngs, param_dtype):
         self.config = config
         self.pre_norm = config.pre_norm and config.pre_norm.build(width, param_dtype=param_dtype)
-        self.mixer = config.mixer.build(width, depth=depth, rngs=rngs, param_dtype=param_dtype)
+        own = {"place": place} if isinstance(config.mixer, Placed) else {}
+        self.mixer = config.mixer.build(width, depth=depth, rngs=rngs, param_dtype=param_dtype, **own)
         self.post_norm = config.post_norm and config.post_norm.build(width, param_dtype=param_dtype)
 
     def __call__(self, x_BTD, state, context: Context):
@@ -67,41 +70,63 @@ def _scaled(x, scale: float):
 class Unit(nnx.Module):
     """The branches of one repeat of a stage, in order."""
 
-    def __init__(self, branches: tuple[Residual, ...], width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
-        self.branches = nnx.List(
-            [Branch(branch, width, depth=depth, rngs=rngs, param_dtype=param_dtype) for branch in branches]
-        )
+    def __init__(
+        self, branches: tuple[Residual, ...], width: int, *, depth: int, place: Place, rngs: nnx.Rngs, param_dtype
+    ):
+        made = []
+        for index, branch in enumerate(branches):
+            here = place._replace(layer=place.layer + token_mixers(branches[:index]))
+            made.append(Branch(branch, width, depth=depth, place=here, rngs=rngs, param_dtype=param_dtype))
+        self.branches = nnx.List(made)
 
     def __call__(self, x_BTD, states, context: Context):
-        """``states`` and what comes back: a tuple with an entry a branch."""
+        """(x, selection handed on, states, auxiliaries); ``states`` and the last two are tuples with an entry a branch."""
         new_states, auxes = [], []
         for branch, state in zip(self.branches, states, strict=True):
             x_BTD, state, aux = branch(x_BTD, state, context)
+            if isinstance(aux, HandedOn):
+                context, aux = dataclasses.replace(context, selected_BTN=aux.selected_BTN), aux.aux
             new_states.append(state)
             auxes.append(aux)
-        return x_BTD, tuple(new_states), tuple(auxes)
+        return x_BTD, context.selected_BTN, tuple(new_states), tuple(auxes)
 
 
-def build_stage(stage: Stage[Residual], width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> Unit:
-    """A ``Unit`` whose every parameter has a leading axis of repeats."""
+def token_mixers(branches: Sequence[Residual]) -> int:
+    """How many of the branches mix tokens: what the layers of a published model are numbered by."""
+    return sum(isinstance(branch.mixer, TokenMixer) for branch in branches)
 
-    def make(rngs: nnx.Rngs) -> Unit:
-        return Unit(stage.unit, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 
-    return nnx.vmap(nnx.transform_metadata(make, partition=None))(rngs.split(stage.repeats))
+def build_stage(stage: Stage[Residual], width: int, *, depth: int, place: Place, rngs: nnx.Rngs, param_dtype) -> Unit:
+    """A ``Unit`` whose every parameter and constant has a leading axis of repeats; ``place`` is the first one's."""
+
+    def make(rngs: nnx.Rngs, layer) -> Unit:
+        here = place._replace(layer=layer)
+        return Unit(stage.unit, width, depth=depth, place=here, rngs=rngs, param_dtype=param_dtype)
+
+    layers_L = place.layer + token_mixers(stage.unit) * jnp.arange(stage.repeats, dtype=jnp.int32)
+    return nnx.vmap(nnx.transform_metadata(make, partition=None))(rngs.split(stage.repeats), layers_L)
 
 
 def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool, unroll: int):
-    """All repeats of a stage; ``states`` and the auxiliaries that come back are stacked over repeats."""
+    """All repeats of a stage: (x, selection handed on, states, auxiliaries), the last two stacked over repeats."""
 
-    def body(x_BTD, repeat):
-        unit, states = repeat
-        x_BTD, states, auxes = unit(x_BTD, states, context)
-        return x_BTD, (states, auxes)
+    def body(carry, repeat):
+        (x_BTD, selected_BTN), (unit, states) = carry, repeat
+        within = dataclasses.replace(context, selected_BTN=selected_BTN)
+        x_BTD, selected_BTN, states, auxes = unit(x_BTD, states, within)
+        return (x_BTD, selected_BTN), (states, auxes)
 
+    selected_BTN = context.selected_BTN
+    if selected_BTN is None and any(getattr(branch.mixer, "hands_on", False) for branch in stacked.branches):
+        # A scan's carry keeps its shape: before the first repeat it holds nothing that is read.
+        first = jax.tree.map(lambda leaf: leaf[0], (stacked, states))
+        (_, shape), _ = jax.eval_shape(body, (x_BTD, None), first)
+        if shape is not None:
+            spec = shape.sharding.spec if on_mesh() else None
+            selected_BTN = jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
     body = jax.checkpoint(body) if remat else body
-    x_BTD, (states, auxes) = jax.lax.scan(body, x_BTD, (stacked, states), unroll=unroll)
-    return x_BTD, states, auxes
+    carry, (states, auxes) = jax.lax.scan(body, (x_BTD, selected_BTN), (stacked, states), unroll=unroll)
+    return *carry, states, auxes
 
 
 def init_states(stacked: Unit, repeats: int, batch: int, max_length: int, dtype):

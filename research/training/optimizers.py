@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules, all optax's."""
 
 import dataclasses
+import fnmatch
+import functools
 from typing import Literal
 
 import jax
@@ -20,6 +22,10 @@ class OptimizerConfig:
       weight_decay: decoupled, on the matrices of layers only.
       b1, b2, eps: Adam's.
       clip_norm: largest global norm of a gradient; none leaves it alone.
+      trainable: patterns of parameter paths (``stages.1.branches.0.*`` is the first branch of the second stage's unit,
+        ``*.mixer.w_*_E*`` the matrices of experts; see ``parameter_path``); everything else is frozen: neither updated nor
+        decayed, without optimizer state. None given trains all.
+      frozen: patterns of parameters to freeze, of those.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -32,6 +38,8 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
+    trainable: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.adam_learning_rate <= 0:
@@ -67,8 +75,44 @@ def parameter_name(path) -> str:
     return next(str(key) for key in reversed(keys) if isinstance(key, str) and key != "value")
 
 
+def parameter_path(path) -> str:
+    """``stages.0.branches.1.mixer.w_in_EDF``, from a path in a state tree."""
+    keys = [getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", None))) for entry in path]
+    return ".".join(str(key) for key in keys if key != "value")
+
+
+def _labels(config: OptimizerConfig, params):
+    """'trained' or 'frozen' for every parameter."""
+    paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in (*config.trainable, *config.frozen):
+        if not fnmatch.filter(paths, pattern):
+            raise ValueError(f"optimizer patterns must match a parameter, {pattern!r} matches none, as in {paths[0]}")
+
+    def label(path, _):
+        name = parameter_path(path)
+        trained = not config.trainable or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.trainable)
+        return "frozen" if not trained or any(fnmatch.fnmatchcase(name, p) for p in config.frozen) else "trained"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if "trained" not in jax.tree.leaves(labels):
+        raise ValueError(f"optimizer patterns must leave a parameter to train, frozen={config.frozen} leaves none")
+    return labels
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer for ``steps`` steps; its updates are to be added to the parameters."""
+    """The optimizer for ``steps`` steps; its updates are to be added to the parameters.
+
+    Raises (when its state is made):
+      ValueError: a pattern of ``trainable`` or ``frozen`` that matches no parameter, or patterns that leave none to train.
+    """
+    optimizer = _whole_optimizer(config, steps)
+    if not config.trainable and not config.frozen:
+        return optimizer
+    labels = functools.partial(_labels, config)
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _whole_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
     rate = schedule(config, steps)
 

@@ -1,5 +1,6 @@
 """One training step: sums over micro-batches, losses from the sums, one update."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,11 @@ import optax
 from flax import nnx
 
 from research.axes import Array
-from research.layers.moe import MoE
 from research.models.language_model import LanguageModel
 from research.ops import balancing
 from research.ops.losses import cross_entropy
+from research.ops.routing import PolicyTerms, reinforce
+from research.sharding.mesh import P, on_mesh
 from research.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -26,8 +28,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     parts and every loss is taken from the totals, so the result is that of one batch, balance loss included.
 
     Metrics, float32: loss (mean nats per counted target), tokens (counted targets), balance_loss, z_loss, grad_norm,
-    and for models with experts load_LE (share of assignments, a row a layer), max_violation (worst layer),
-    dead_experts (all layers), router_entropy (mean, nats).
+    the other auxiliary losses that the model asks for, and for models with experts load_LE (share of assignments, a row
+    a layer, where layers have equally many experts), max_violation (worst layer), dead_experts (all layers),
+    router_entropy (mean, nats) and dropped_assignments (all layers).
     """
 
     def sums(params, variables, batch, key):
@@ -83,8 +86,22 @@ def make_eval_step(graphdef: nnx.GraphDef):
 def batch_sums(model: LanguageModel, batch: Batch, key) -> tuple[Array, Array, Any]:
     """Summed nats, counted targets and the model's auxiliaries (sums as well) of one batch."""
     x_BTD, _, aux = model.hidden(batch["inputs_BT"], batch["segment_ids_BT"], batch["positions_BT"], key=key)
-    nats, count = cross_entropy(model.logits(x_BTD), batch["targets_BT"], batch["loss_mask_BT"])
-    return nats, count, aux
+    logits_BTV = model.logits(x_BTD)
+    nats, count = cross_entropy(logits_BTV, batch["targets_BT"], batch["loss_mask_BT"])
+    return nats, count, reward_policies(aux, logits_BTV, batch)
+
+
+def reward_policies(aux, logits_BTV, batch: Batch):
+    """The auxiliaries with every token of a router trained by REINFORCE rewarded, with minus its next-token loss."""
+
+    def reward(entry):
+        if not (isinstance(entry, balancing.RouterStatistics) and isinstance(entry.policy, PolicyTerms)):
+            return entry
+        reward_BT = -optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
+        counted = dataclasses.replace(entry.policy, live_T=entry.policy.live_T & batch["loss_mask_BT"])
+        return dataclasses.replace(entry, policy=reinforce(counted, reward_BT, axis=(-2, -1)))
+
+    return jax.tree.map(reward, aux, is_leaf=lambda entry: isinstance(entry, balancing.RouterStatistics))
 
 
 def auxiliary_losses(model: LanguageModel, aux) -> dict[str, Array]:
@@ -101,31 +118,54 @@ def update_router_biases(model: LanguageModel, aux) -> None:
     for layer, statistics in _expert_layers(model, aux):
         if rate := layer.config.bias_rate:
             layer.bias_E.set_value(balancing.update_bias(layer.bias_E[...], statistics.counts_E, rate))
+        elif layer.config.quantile_bias:
+            bias_LE = balancing.quantile_bias_from_margins(statistics.margins_EQ, layer.config.per_token)
+            layer.bias_E.set_value(bias_LE.astype(layer.bias_E[...].dtype))
 
 
 def router_metrics(aux) -> dict[str, Array]:
     """Load and its summaries over all layers with experts, in the order they run."""
-    stages = [[entry for entry in stage if entry is not None] for stage in aux]
-    # [repeats, branches of the unit, E] reads layer by layer once flattened.
-    per_stage = [jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *s) for s in stages if s]
-    if not per_stage or len({statistics.experts for statistics in per_stage}) > 1:
+    stages = [[entry for entry in stage if isinstance(entry, balancing.RouterStatistics)] for stage in aux]
+    metrics = [_in_order([balancing.metrics(entry) for entry in stage]) for stage in stages if stage]
+    dropped = [jnp.sum(entry.dropped, dtype=jnp.float32) for stage in stages for entry in stage]
+    if not metrics:
         return {}
-    metrics = balancing.metrics(jax.tree.map(lambda *x: jnp.concatenate(x), *per_stage))
+
+    def over_layers(name):
+        return jnp.concatenate([m[name].reshape(-1) for m in metrics])
+
+    loads = [load_LE for m in metrics for load_LE in m["load"]]
+    same = all(isinstance(load_LE, Array) for load_LE in loads) and len({load_LE.shape for load_LE in loads}) == 1
+    load = {"load_LE": jnp.stack(loads)} if same else {}
     return {
-        "load_LE": metrics["load"],
-        "max_violation": jnp.max(metrics["max_violation"]),
-        "dead_experts": jnp.sum(metrics["dead_experts"]).astype(metrics["load"].dtype),
-        "router_entropy": jnp.mean(metrics["entropy"]),
+        **load,
+        "max_violation": jnp.max(over_layers("max_violation")),
+        "dead_experts": jnp.sum(over_layers("dead_experts")).astype(jnp.float32),
+        "router_entropy": jnp.mean(over_layers("entropy")),
+        "dropped_assignments": sum(dropped, jnp.zeros((), jnp.float32)),
     }
+
+
+def _in_order(branches: list[dict[str, Array]]) -> dict[str, Any]:
+    """Metrics of a stage's branches, each [repeats, …], layer by layer; lists where branches differ in experts."""
+    if len({metrics["load"].shape for metrics in branches}) == 1:
+        return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *branches)
+    loads = [load_E for metrics in branches for load_E in metrics["load"]]
+    summaries = [{name: value for name, value in metrics.items() if name != "load"} for metrics in branches]
+    return {**jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1), *summaries), "load": loads}
 
 
 def split_rows(x, parts: int):
     """[B, …] → [parts, B / parts, …], every shard keeping rows of its own."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    spec = [*jax.typeof(x).sharding.spec, *[None] * x.ndim][: x.ndim] if on_mesh() else None
+    split = jax.lax.reshape(x, shape, out_sharding=None if spec is None else P(spec[0], None, *spec[1:]))
+    return jnp.swapaxes(split, 0, 1)
 
 
-def _expert_layers(model: LanguageModel, aux) -> Iterator[tuple[MoE, balancing.RouterStatistics]]:
+def _expert_layers(model: LanguageModel, aux) -> Iterator[tuple[Any, balancing.RouterStatistics]]:
+    """Every mixer that routes, with its statistics."""
     for stacked, entries in zip(model.stages, aux, strict=True):
         for branch, entry in zip(stacked.branches, entries, strict=True):
-            if isinstance(branch.mixer, MoE):
+            if isinstance(entry, balancing.RouterStatistics):
                 yield branch.mixer, entry

@@ -112,7 +112,7 @@ def test_micro_batches_and_meshes_change_nothing(reference, mesh, micro_batches)
     )
     if mesh:
         w_in = other.state.params["stages"][0]["branches"][1]["mixer"]["w_in_EDF"]
-        assert jax.typeof(w_in[...]).sharding.spec == P(None, None, "fsdp", None)
+        assert jax.typeof(w_in[...]).sharding.spec == P(None, "expert", ("fsdp", "tensor"), None)
 
 
 def test_split_rows_keeps_every_row():
@@ -123,7 +123,7 @@ def test_split_rows_keeps_every_row():
 
 
 def test_meshes_refuse_what_does_not_divide():
-    with pytest.raises(ValueError, match=r"must be the number of devices, 8; got data=3 and fsdp=2"):
+    with pytest.raises(ValueError, match=r"must multiply to the number of devices, 8; got data=3, fsdp=2"):
         make_mesh(MeshConfig(3, 2))
     mesh = make_mesh(MeshConfig(4, 2))
     check_batch(16, mesh)

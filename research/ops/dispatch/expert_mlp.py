@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from research.axes import Array, Float
-from research.ops.dispatch.groups import Groups, gather_sum, spread, zero_groups
+from research.ops.dispatch.groups import Groups, combine, dispatch, gather_sum, spread, zero_groups
 from research.ops.grouped_matmul import check_implementation, clean_leg
 
 
@@ -19,6 +19,8 @@ def expert_mlp(
     groups: Groups,
     *,
     activation: Callable[[Array], Array],
+    b_EN: Float[Array, "E N"] | None = None,
+    b_EO: Float[Array, "E O"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T O"]:
     """``combine(activation(dispatch(x) @ w_EDN) @ w_EFD)`` with the memory traffic of both ends taken out.
@@ -34,7 +36,8 @@ def expert_mlp(
       w_EFD: out of it.
       groups: from `group`.
       activation: a pure function of rows [..., N] -> [..., F], such as `swiglu`; finite at zero. Compared by identity:
-        pass the same function every time. Experts with biases use `dispatch`, `Groups.matmul` and `combine`.
+        pass the same function every time.
+      b_EN, b_EO: biases after the first and the second matrix. With either the steps are taken one by one.
       implementation: of `grouped_matmul`.
 
     Raises:
@@ -42,6 +45,12 @@ def expert_mlp(
     """
     check_implementation(implementation)
     weights = (w_EDN.astype(x_TD.dtype), w_EFD.astype(x_TD.dtype))
+    if b_EN is not None or b_EO is not None:
+        add_in, add_out = (_bias_rows(b, groups, x_TD.dtype) for b in (b_EN, b_EO))
+        h_MN = checkpoint_name(
+            groups.matmul(dispatch(x_TD, groups), weights[0], implementation) + add_in, "expert_hidden"
+        )
+        return combine(groups.matmul(activation(h_MN), weights[1], implementation) + add_out, groups)
     return _expert_mlp(x_TD, *weights, groups.weight_M, groups, activation, implementation)
 
 
@@ -49,6 +58,15 @@ def swiglu(h: Float[Array, "*B N"]) -> Float[Array, "*B F"]:
     """silu(gate)·up of rows that hold the gate first (Shazeer 2020)."""
     gate, up = jnp.split(h, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+def _bias_rows(b_EN, groups, dtype):
+    """Each row's bias; what padding rows get is multiplied by their weight, zero, in the end."""
+    if b_EN is None:
+        return jnp.zeros((), dtype)
+    rows = groups.token_M.shape[0]
+    expert_M = jnp.searchsorted(jnp.cumsum(groups.sizes_E), jnp.arange(rows), side="right", method="compare_all")
+    return b_EN.astype(dtype).at[expert_M].get(mode="fill", fill_value=0)
 
 
 def _leg(leg, a, b, groups, implementation):

@@ -67,7 +67,14 @@ def _sort_by_expert(expert_A, experts):
     return order_A, expert_A[order_A]
 
 
-def group(assignment: Assignment, alignment: int | None = None, *, capacity: int | None = None) -> Groups:
+def group(
+    assignment: Assignment,
+    alignment: int | None = None,
+    *,
+    capacity: int | None = None,
+    live: int | None = None,
+    even: bool = True,
+) -> Groups:
     """Sorts assignments by expert into rows, each expert's padded to a multiple of `alignment`, or to equal shares of
     the rows where those are enough (`padded_sizes`).
 
@@ -77,6 +84,9 @@ def group(assignment: Assignment, alignment: int | None = None, *, capacity: int
     capacity: every expert has exactly that many rows, M = E·capacity, whatever its load; an expert with more
     assignments than that loses the last ones. Give it what `limit_capacity` returned for the same capacity, which
     decides and counts what is dropped.
+
+    live: a promise that at most so many assignments have an expert, which makes M smaller; those past it are lost.
+    even: False never deals equal shares.
     """
     if capacity is not None:
         if capacity < 1 or alignment not in (None, capacity):
@@ -85,14 +95,15 @@ def group(assignment: Assignment, alignment: int | None = None, *, capacity: int
             )
         alignment = capacity
     count, experts = assignment.expert_A.shape[0], assignment.experts
-    alignment = tile_rows(count, experts) if alignment is None else alignment
+    live = count if live is None else min(live, count)
+    alignment = tile_rows(live, experts) if alignment is None else alignment
     if alignment < 1:
         raise ValueError(f"alignment is {alignment}, it must be at least 1")
-    rows = aligned_rows(count, experts, alignment) if capacity is None else experts * capacity
+    rows = aligned_rows(live, experts, alignment) if capacity is None else experts * capacity
     order_A, sorted_A = _sort_by_expert(assignment.expert_A, experts)
     counts_E = assignment.counts_E()
     if capacity is None:
-        sizes_E = padded_sizes(counts_E, rows, alignment)
+        sizes_E = padded_sizes(counts_E, rows, alignment) if even else -(-counts_E // alignment) * alignment
     else:
         sizes_E = jnp.full(experts, capacity, jnp.int32)
     safe_A = jnp.minimum(sorted_A, experts - 1)

@@ -1,40 +1,54 @@
 """The choice of an implementation, made when the call is lowered, behind one custom_vjp.
 
-Every implementation under the choice saves residuals of the same shapes: the state before each block of chunks and, for the delta
-rule, each chunk's inverse. So a program differentiated on one platform can be lowered for another.
+Residuals have the same shapes whatever the choice: the state before every ``interval`` tokens, and nothing else. So a program
+differentiated on one platform can be lowered for another. The interval follows from the shapes alone: a saved state takes
+about as much room as v does over its tokens, and every implementation's chunks divide it.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.linear_attention import tpu
 from research.ops.linear_attention import chunked
 
 
 class Plan(NamedTuple):
-    """What is static about a call."""
+    """What is static about a call. ``chunk_size`` is that of the XLA form; ``kernel_fits``: a kernel may use its own."""
 
     implementation: str | None
     scale: float
+    interval: int
     chunk_size: int
-    chunks: int
+    kernel_fits: bool
 
 
-def tuned(T, K, V, per_channel, delta):
-    """(chunk size, chunks a block) for the XLA form, by measurement on CPU at B1 H8 T4096 K=V=64 and at B16 H4 T256 K=V=32.
+def make_plan(implementation, scale, chunk_size, T, K, V, per_channel, delta) -> Plan:
+    """Fix the interval between saved states, and the XLA form's chunks within it."""
+    if chunk_size is not None:
+        kernel = implementation is not None and implementation.startswith("pallas")
+        interval = chunk_size if kernel else chunk_size * _chunks_per_state(T, chunk_size, K, V)
+        return Plan(implementation, scale, interval, chunk_size, interval == chunk_size)
+    whole = _power_of_two(T)
+    chunk_size = min(_tuned(per_channel, delta), whole)
+    interval = max(chunk_size, min(whole, 128, max(32, _power_of_two(max(K, V)))))
+    return Plan(implementation, scale, interval, chunk_size, True)
 
-    Per-channel gates cost a pass of exponentials a level of the split, and the delta rule a solve: both want short chunks.
-    The state is saved once a block; J chunks a block keep what is saved within about four times the size of v.
-    """
-    C = 16 if per_channel else 32 if delta else 64
-    C = min(C, 1 << (T - 1).bit_length())
-    return C, chunks_per_block(T, C, K, V)
+
+def _tuned(per_channel, delta):
+    """The XLA form's chunk size, by measurement on CPU at B1 H8 T4096 K=V=64 and at B16 H4 T256 K=V=32: per-channel gates
+    cost a pass of exponentials a level of the split, and the delta rule a solve, so both want short chunks."""
+    return 16 if per_channel else 32 if delta else 64
 
 
-def chunks_per_block(T, C, K, V):
-    """How many chunks share one saved state."""
+def _power_of_two(x):
+    return 1 << (x - 1).bit_length()
+
+
+def _chunks_per_state(T, C, K, V):
+    """How many chunks of a size that the caller chose share one saved state."""
     return min(max(1, -(-min(K, V) // (4 * C))), -(-T // C))
 
 
@@ -42,25 +56,36 @@ def chunks_per_block(T, C, K, V):
 def attend(plan, q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV):
     """(o_BTHV, state_BHKV) of the chunked recurrence, by the implementation the plan or the platform names."""
     inputs = (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV)
-    return _choose(plan, chunked.forward, inputs, save=False)[:2]
+    return _choose(plan, "forward", inputs, save=False)[:2]
 
 
 def _attend_forward(plan, *inputs):
-    o_BTHV, state_BHKV, saved = _choose(plan, chunked.forward, inputs, save=True)
-    saved = checkpoint_name(saved, "linear_attention_states")
-    return (o_BTHV, state_BHKV), (inputs[:-1], saved)
+    o_BTHV, state_BHKV, saved_NBHKV = _choose(plan, "forward", inputs, save=True)
+    saved_NBHKV = checkpoint_name(saved_NBHKV, "linear_attention_states")
+    return (o_BTHV, state_BHKV), (inputs[:-1], saved_NBHKV)
 
 
 def _attend_backward(plan, residuals, cotangents):
-    inputs, saved = residuals
-    return _choose(plan, chunked.backward, (*inputs, saved, *cotangents))
+    inputs, saved_NBHKV = residuals
+    return _choose(plan, "backward", (*inputs, saved_NBHKV, *cotangents))
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _choose(plan, function, arrays, **options):
-    run = functools.partial(function, scale=plan.scale, chunk_size=plan.chunk_size, chunks=plan.chunks, **options)
+def _choose(plan, way, arrays: tuple, **options):
+    options: dict[str, Any] = dict(scale=plan.scale, interval=plan.interval, **options)
+    xla = functools.partial(getattr(chunked, way), chunk_size=plan.chunk_size, **options)
     if plan.implementation == "chunked":
-        return run(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=run)
+        return xla(*arrays)
+    kernel = functools.partial(getattr(tpu, way), **options)
+    if plan.implementation is not None:
+        return kernel(*arrays, interpret=plan.implementation.endswith("interpret"))
+    if not plan.kernel_fits or refuses(plan, (*arrays[:5], arrays[-1])):
+        return xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
+
+
+def refuses(plan, arrays) -> str | None:
+    """Why the TPU kernel cannot serve ``arrays`` (q, k, v, g, beta, state), or None."""
+    return tpu.refuses(*arrays, plan.interval)

@@ -1,8 +1,8 @@
 """The chunked form: quadratic inside a chunk, recurrent from chunk to chunk. It trains; time is linear in T.
 
-The forward pass scans over blocks of J chunks in the caller's [B, T, H, ·] layout, transposing one block at a time. Under
-differentiation it saves the state before every block (and, for the delta rule, each chunk's inverse); the backward pass
-walks the blocks the other way and recomputes everything else.
+The forward pass scans over blocks of J chunks (``interval`` tokens) in the caller's [B, T, H, ·] layout, transposing one
+block at a time. Under differentiation it saves the state before every block; the backward pass walks the blocks the other
+way and recomputes everything else.
 """
 
 from typing import Any
@@ -13,33 +13,36 @@ import jax.numpy as jnp
 from research.ops.linear_attention import channel_gates, state, token_gates
 
 
-def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, chunk_size, chunks, save):
-    """Returns (o_BTHV, state_BHKV, saved); ``saved`` is (states, inverses) by block, or None unless ``save``."""
+def forward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, *, scale, interval, chunk_size, save):
+    """Returns (o_BTHV, state_BHKV, saved_NBHKV); the states before each interval, or None unless ``save``."""
     gates = _gates(g_BTH)
     B, T, H, _ = v_BTHV.shape
-    C, J, dtype = chunk_size, chunks, state_BHKV.dtype
+    C, J, dtype = chunk_size, interval // chunk_size, state_BHKV.dtype
     xs = jax.tree.map(lambda x: _pad(x, C * J), (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH))
     padded = xs[2].shape[1]
 
-    def body(carry, block):
+    def body(carry, block) -> Any:
         S_MKV, o_BTHV = carry
         q, k, v, g, beta = jax.tree.map(lambda x: _load(x, block, J, C, dtype), xs)
         chunk, _ = gates.prepare(q, k, g, beta, B * H)
         u, _, S_JMKV, next_MKV = state.states(chunk, v, beta, S_MKV)
         o_BTHV = _store(o_BTHV, scale * state.read(chunk, u, S_JMKV), block)
-        return (next_MKV, o_BTHV), (S_MKV, chunk.X) if save else None
+        return (next_MKV, o_BTHV), S_MKV if save else None
 
     o_BTHV = jnp.zeros_like(xs[2])
     S_MKV = state_BHKV.reshape(-1, *state_BHKV.shape[2:])
     (S_MKV, o_BTHV), saved = jax.lax.scan(body, (S_MKV, o_BTHV), jnp.arange(padded // (C * J), dtype=jnp.int32))
-    return o_BTHV[:, :T], S_MKV.reshape(state_BHKV.shape), saved
+    saved_NBHKV = None if saved is None else saved.reshape(-1, *state_BHKV.shape)
+    return o_BTHV[:, :T], S_MKV.reshape(state_BHKV.shape), saved_NBHKV
 
 
-def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHKV, *, scale, chunk_size, chunks):
+def backward(
+    q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved_NBHKV, do_BTHV, dstate_BHKV, *, scale, interval, chunk_size
+):
     """Cotangents of (q, k, v, g, beta, initial state)."""
     gates = _gates(g_BTH)
     B, T, H, _ = v_BTHV.shape
-    C, J, dtype = chunk_size, chunks, dstate_BHKV.dtype
+    C, J, dtype = chunk_size, interval // chunk_size, dstate_BHKV.dtype
     inputs = (q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH)
     xs = jax.tree.map(lambda x: _pad(x, C * J), inputs)
     do_BTHV = _pad(do_BTHV, C * J)
@@ -47,10 +50,10 @@ def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHK
 
     def body(carry, step):
         dS_MKV, grads = carry
-        block, (S_MKV, X) = step
+        block, S_MKV = step
         q, k, v, g, beta = jax.tree.map(lambda x: _load(x, block, J, C, dtype), xs)
         do = scale * _load(do_BTHV, block, J, C, dtype)
-        chunk, inside = gates.prepare(q, k, g, beta, B * H, X)
+        chunk, inside = gates.prepare(q, k, g, beta, B * H)
         u, U, S_JMKV, _ = state.states(chunk, v, beta, S_MKV)
         d, dv, dbeta, dS_MKV = state.backward(chunk, u, U, beta, S_JMKV, do, dS_MKV)
         dq, dk, dg, dbeta_A = gates.backward(q, k, g, beta, chunk, inside, d)
@@ -60,7 +63,7 @@ def backward(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, saved, do_BTHV, dstate_BHK
 
     grads = jax.tree.map(jnp.zeros_like, xs)
     dS_MKV = dstate_BHKV.reshape(-1, *dstate_BHKV.shape[2:])
-    steps = (jnp.arange(blocks, dtype=jnp.int32), saved)
+    steps = (jnp.arange(blocks, dtype=jnp.int32), saved_NBHKV.reshape(blocks, *dS_MKV.shape))
     (dS_MKV, grads), _ = jax.lax.scan(body, (dS_MKV, grads), steps, reverse=True)
     return (*jax.tree.map(lambda x: x[:, :T], grads), dS_MKV.reshape(dstate_BHKV.shape))
 

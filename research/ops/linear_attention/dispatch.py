@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, shards, spec_of
 from research.ops.linear_attention import segments
-from research.ops.linear_attention.choice import Plan, attend, chunks_per_block, tuned
+from research.ops.linear_attention.choice import attend, make_plan, refuses
 from research.ops.linear_attention.quadratic import quadratic
 from research.ops.linear_attention.recurrent import recurrent, step
 from research.ops.linear_attention.varying import vary_alike
@@ -112,7 +112,7 @@ def linear_attention_step(
       NotImplementedError: the named implementation has no step.
     """
     check_implementation(implementation, None)
-    if implementation in ("quadratic", "chunked"):
+    if implementation not in (None, "recurrent"):
         raise NotImplementedError(f"implementation={implementation!r} has no step: one token is 'recurrent'")
     scale = check_scale(scale)
     one = lambda x: None if x is None else jnp.expand_dims(x, 1)  # noqa: E731
@@ -171,12 +171,14 @@ def _run(implementation, scale, chunk_size, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH,
         return recurrent(*arrays, scale)
     if implementation == "quadratic":
         return quadratic(*arrays, scale)
-    T, K, V = v_BTHV.shape[1], k_BTGK.shape[-1], v_BTHV.shape[-1]
-    if chunk_size is None:
-        chunk_size, chunks = tuned(T, K, V, g is not None and g.ndim == 4, beta_BTH is not None)
-    else:
-        chunks = chunks_per_block(T, chunk_size, K, V)
-    return attend(Plan(implementation, scale, chunk_size, chunks), *arrays)
+    per_channel, delta = g is not None and g.ndim == 4, beta_BTH is not None
+    shape = v_BTHV.shape[1], k_BTGK.shape[-1], v_BTHV.shape[-1]
+    plan = make_plan(implementation, scale, chunk_size, *shape, per_channel, delta)
+    if implementation in _KERNELS:
+        why = refuses(plan, arrays)
+        if why:
+            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
+    return attend(plan, *arrays)
 
 
 def state_dtype(*arrays):
@@ -195,8 +197,8 @@ def check_implementation(implementation, chunk_size) -> None:
     """Refuse unknown names, kernels that do not exist, and chunk sizes that cannot be honoured."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation in _KERNELS:
-        raise NotImplementedError(f"implementation={implementation!r}: linear_attention has no kernel for it yet")
+    if implementation in ("pallas_gpu", "pallas_gpu_interpret"):
+        raise NotImplementedError(f"implementation={implementation!r}: linear_attention has no GPU kernel")
     if chunk_size is None:
         return
     if implementation in ("recurrent", "quadratic"):
@@ -204,7 +206,7 @@ def check_implementation(implementation, chunk_size) -> None:
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be None or a positive power of two, got {chunk_size!r}")
     if chunk_size & (chunk_size - 1):
-        raise NotImplementedError(f"implementation='chunked' needs chunk_size to be a power of two, got {chunk_size}")
+        raise NotImplementedError(f"chunk_size must be a power of two, got {chunk_size}")
 
 
 def check_arguments(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids) -> None:

@@ -80,6 +80,41 @@ def from_choice(
     )
 
 
+def flatten_rows(assignment: Assignment) -> Assignment:
+    """The assignment of a whole batch from one whose leaves carry a leading axis of rows (``jax.vmap`` of a router)."""
+    rows, tokens = assignment.scores_TE.shape[:2]
+    first_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * tokens
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
+        dataclasses.replace(assignment, token_A=assignment.token_A + first_B1),
+    )
+
+
+def as_token_choice(assignment: Assignment) -> Assignment:
+    """The same visits with ``per_token`` choices a token: E of them, mostly none, where the order was another."""
+    if assignment.per_token is not None:
+        return assignment
+    place = (assignment.token_A, assignment.expert_A)
+    empty_TE = jnp.zeros((assignment.tokens, assignment.experts), assignment.weight_A.dtype)
+    weight_TE = empty_TE.at[place].add(assignment.weight_A, mode="drop")
+    chosen_TE = empty_TE.astype(bool).at[place].set(True, mode="drop")
+    expert_TE = jnp.where(chosen_TE, jnp.arange(assignment.experts), assignment.experts)
+    return from_choice(expert_TE, weight_TE, assignment.scores_TE, assignment.logits_TE, weight_on=assignment.weight_on)
+
+
+def slice_tokens(assignment: Assignment, start: Int[Array, ""], count: int) -> Assignment:
+    """What ``count`` tokens from ``start`` on were assigned, as a batch of their own."""
+    assignment = as_token_choice(assignment)
+    by_token = (
+        assignment.expert_A.reshape(assignment.tokens, -1),
+        assignment.weight_A.reshape(assignment.tokens, -1),
+        assignment.scores_TE,
+        assignment.logits_TE,
+    )
+    part = [jax.lax.dynamic_slice_in_dim(leaf, start, count) for leaf in by_token]
+    return from_choice(*part, weight_on=assignment.weight_on)
+
+
 def mask_logits(logits_TE, mask_T):
     """Logits in float32 (or wider), zero at padding tokens: what stands there, NaN included, reaches nothing."""
     logits_TE = logits_TE.astype(jnp.promote_types(logits_TE.dtype, jnp.float32))

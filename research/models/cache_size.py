@@ -1,0 +1,25 @@
+"""How many bytes a model keeps of its rows while it decodes."""
+
+import jax
+from flax import nnx
+
+from research.models.config import ModelConfig
+from research.models.language_model import LanguageModel
+
+
+def cache_bytes(config: ModelConfig, length: int, dtype=None) -> int:
+    """Bytes of the cache of one row of up to ``length`` tokens, recurrent states included; nothing is allocated.
+
+    Args:
+      dtype: keys, values and latents are stored in; the compute dtype by default.
+    """
+
+    def states():
+        return LanguageModel(config, rngs=nnx.Rngs(params=0)).init_cache(1, length, dtype).stages
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(states)))
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype=None, *, length: int = 1 << 20) -> int:
+    """By how many bytes the cache grows with one more token, about ``length``: 0 where states and windows are all it holds."""
+    return cache_bytes(config, length + 1, dtype) - cache_bytes(config, length, dtype)

@@ -1,0 +1,199 @@
+"""The public function: argument checks, padding, and the choice of an implementation behind one custom_vjp."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.axes import Array, Float, Int
+from research.ops.attention import blocked, kernels
+from research.ops.attention.dense import dense
+from research.ops.attention.masks import Tokens, tokens_of
+
+IMPLEMENTATIONS = ("dense", "blocked", "splash", "splash_interpret", "cudnn")
+# Scores per row and head up to which all of them at once are faster than blocks, and few enough queries for any row.
+_DENSE, _FEW = 1 << 18, 8
+
+
+class Plan(NamedTuple):
+    """What is static about a call. ``aligned``: the keys are the queries' own tokens; ``packed``: there are segment ids."""
+
+    implementation: str | None
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    block: int
+    aligned: bool
+    packed: bool
+
+
+def attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSGK: Float[Array, "B S G K"],
+    v_BSGV: Float[Array, "B S G V"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Float[Array, " H"] | None = None,
+    temperature_BT: Float[Array, "B T"] | None = None,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+    source_segment_ids_BS: Int[Array, "B S"] | None = None,
+    places_BT: Int[Array, "B T"] | None = None,
+    source_places_BS: Int[Array, "B S"] | None = None,
+    implementation: str | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "B T H V"]:
+    """Causal softmax attention (Vaswani et al. 2017, eq. 1): query head i reads key head ``i // (H // G)``.
+
+    A query sees the keys of its own document up to its own place. Id 0 is padding: it sees nothing, nothing sees it, and its
+    output is 0 (NaN in it reaches nothing, gradients included); windows and chunks count real tokens of the document.
+
+    Args:
+      scale: of the scores; K^-1/2 by default.
+      window: places a query sees, itself included; None is all.
+      chunk: a query sees keys of its own run of ``chunk`` places alone (Llama 4).
+      softcap: c·tanh(score / c) takes the place of the score (Gemma 2, Grok-1).
+      sinks_H: a score per head that takes part in the softmax and has no value (gpt-oss).
+      temperature_BT: multiplies the scores of each query (Llama 4).
+      segment_ids_BT: document of each query; None is one document a row.
+      source_segment_ids_BS: document of each key; the queries' own by default, and required where S ≠ T and ids are given.
+        With it ids of queries and keys are compared as they are.
+      places_BT, source_places_BS: place of each query and key in its document, where they are not the rows themselves: a
+        cache's keys are at 0 … S-1 by default, and its queries behind them.
+      implementation: 'dense' (the definition), 'blocked' (XLA in bounded memory), 'splash' (TPU; its window counts slots,
+        so documents must be without padding inside), 'splash_interpret', 'cudnn'; never falls back. None takes 'dense' for short calls, else chooses for the platform at lowering time.
+      block_size: tokens a block of 'blocked'; None is 512.
+
+    Returns:
+      [B, T, H, V] in v's dtype; scores and sums are float32 or wider.
+
+    Raises:
+      ValueError: shapes or numbers that do not fit; names the argument.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    _check(H, G, window, chunk, softcap, implementation, block_size)
+    aligned = source_segment_ids_BS is None and source_places_BS is None and places_BT is None and S == T
+    if segment_ids_BT is not None and source_segment_ids_BS is None and S != T:
+        raise ValueError(f"source_segment_ids_BS is needed where keys ({S}) and queries ({T}) differ in number")
+    packed = segment_ids_BT is not None or source_segment_ids_BS is not None
+    if aligned:
+        query = source = tokens_of(segment_ids_BT, (B, T))
+    else:
+        source_ids_BS = segment_ids_BT if source_segment_ids_BS is None else source_segment_ids_BS
+        query = _given(segment_ids_BT, places_BT, (B, T))
+        source = _given(source_ids_BS, source_places_BS, (B, S))
+    if packed:
+        q_BTHK = _zero_padding(q_BTHK, query)
+        k_BSGK, v_BSGV = _zero_padding(k_BSGK, source), _zero_padding(v_BSGV, source)
+    q_BTHK = q_BTHK * jnp.asarray(K**-0.5 if scale is None else scale, q_BTHK.dtype)
+    if temperature_BT is not None:
+        q_BTHK = q_BTHK * temperature_BT[:, :, None, None].astype(q_BTHK.dtype)
+    # A window or chunk that holds the longest row is none.
+    longest = T if aligned else None
+    window, chunk = (None if n is not None and longest is not None and n >= longest else n for n in (window, chunk))
+    block = min(512 if block_size is None else block_size, 1 << (max(S, T) - 1).bit_length())
+    if implementation is None and (T * S <= _DENSE or T <= _FEW):
+        implementation = "dense"
+    plan = Plan(implementation, window, chunk, softcap, block, aligned, packed)
+    arrays = (q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source)
+    o_BTHV: Any = dense(plan, *arrays) if implementation == "dense" else _attend(plan, *arrays)
+    return _zero_padding(o_BTHV, query) if packed else o_BTHV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, *arrays):
+    return _forward(plan, *arrays)[0]
+
+
+def _forward(plan, *arrays):
+    """(o, residuals): the residuals have the same shapes whatever runs."""
+
+    def wrap(kernel):
+        def run(*arrays):
+            B, T, H, _ = arrays[0].shape
+            # A kernel's backward pass makes its own.
+            return kernel(plan, *arrays), jnp.zeros((B, H, T), jnp.promote_types(arrays[0].dtype, jnp.float32))
+
+        return run
+
+    o_BTHV, lse_BHT = _choose(plan, arrays, functools.partial(blocked.forward, plan), wrap)
+    return o_BTHV, (*arrays, o_BTHV, lse_BHT)
+
+
+def _backward(plan, residuals, do_BTHV):
+    def wrap(kernel):
+        # The libraries keep their residuals to themselves: their forward pass runs again.
+        def run(q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_BHT, do_BTHV):
+            floats = (q_BTHK, k_BSGK, v_BSGV, sinks_H)
+            return jax.vjp(lambda *floats: kernel(plan, *floats, query, source), *floats)[1](do_BTHV)
+
+        return run
+
+    return *_choose(plan, (*residuals, do_BTHV), functools.partial(blocked.backward, plan), wrap), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _choose(plan, arrays, run_blocked, wrap):
+    """``run_blocked(*arrays)``, or ``wrap(kernel)(*arrays)`` with the kernel that the plan or the platform names."""
+    if plan.implementation == "blocked":
+        return run_blocked(*arrays)
+    call = (plan, *arrays[:6])
+    if plan.implementation is not None:
+        refuse, kernel, _ = _KERNELS[plan.implementation]
+        if why := refuse(*call):
+            raise NotImplementedError(f"implementation={plan.implementation!r} cannot serve this call: {why}")
+        return wrap(kernel)(*arrays)
+
+    def run_kernel(kernel, miscounts, *arrays):
+        miscounted = miscounts(plan, arrays[4])
+        if miscounted is None:
+            return wrap(kernel)(*arrays)
+        return jax.lax.cond(miscounted, run_blocked, wrap(kernel), *arrays)
+
+    platforms = {"tpu": _KERNELS["splash"], "cuda": _KERNELS["cudnn"]}
+    served = {
+        platform: functools.partial(run_kernel, kernel, miscounts)
+        for platform, (refuse, kernel, miscounts) in platforms.items()
+        if refuse(*call) is None
+    }
+    return jax.lax.platform_dependent(*arrays, default=run_blocked, **served)
+
+
+_SPLASH = (kernels.refuse_splash, kernels.splash, kernels.splash_miscounts)
+# name: why it can't serve a call, the kernel, and whether it would serve these documents wrongly.
+_KERNELS = {
+    "splash": _SPLASH,
+    "splash_interpret": (_SPLASH[0], functools.partial(kernels.splash, interpret=True), _SPLASH[2]),
+    "cudnn": (kernels.refuse_cudnn, kernels.cudnn, lambda plan, query: None),
+}
+
+
+def _given(segment_ids_BT, places_BT, shape) -> Tokens:
+    """Tokens as the caller describes them; the rest as in a cache: one document, in order."""
+    segment_BT = jnp.ones(shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    if places_BT is None:
+        places_BT = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return Tokens(segment_BT, places_BT)
+
+
+def _zero_padding(x_BTHK, tokens: Tokens):
+    return jnp.where((tokens.segment_BT > 0)[:, :, None, None], x_BTHK, 0)
+
+
+def _check(H, G, window, chunk, softcap, implementation, block_size) -> None:
+    if H % G:
+        raise ValueError(f"query heads must be a multiple of key heads, got {H} over {G}")
+    for name, value in (("window", window), ("chunk", chunk), ("block_size", block_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be None or at least 1, got {value}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be None or more than 0, got {softcap}")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")

@@ -1,0 +1,61 @@
+"""Upcycled models: the dense model's outputs at step 0, and what differs afterwards."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.layers.mlp import MLPConfig
+from research.layers.moe import Capacity, GShardRouter, MoEConfig
+from research.models.config import ModelConfig, Residual
+from research.models.upcycling import upcycle
+from tests.models.small import small_model
+
+DENSE = ModelConfig(
+    vocab_size=17,
+    width=12,
+    branches=(Residual("mlp", MLPConfig(8)), Residual("other", MLPConfig(6))),
+    pattern=("mlp", "other"),
+    repeats=2,
+)
+TOKENS_BT = jnp.arange(10).reshape(2, 5)
+
+
+def logits(model):
+    return np.asarray(jax.jit(lambda model: model(TOKENS_BT).logits_BTV)(model))
+
+
+@pytest.mark.parametrize(("active", "granularity"), [(1, 1), (2, 4)])
+def test_an_upcycled_model_computes_what_the_dense_one_did(active, granularity):
+    dense = small_model(DENSE)
+    model = upcycle(dense, ["mlp"], copies=3, active=active, granularity=granularity)
+    mixer = model.config.branches[0].mixer
+    assert (mixer.experts, mixer.per_token, mixer.hidden) == (3 * granularity, active * granularity, 8 // granularity)
+    assert model.config.branches[1] == DENSE.branches[1]
+    np.testing.assert_allclose(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_noise_sets_the_copies_apart():
+    dense = small_model(DENSE)
+    model = upcycle(dense, ["mlp"], copies=2, noise=0.5, like=MoEConfig(dispatch=Capacity(4.0)))
+    w_LEFD = model.stages[0].branches[0].mixer.w_out_EFD[...]
+    original_LFD = dense.stages[0].branches[0].mixer.w_out_FD[...]
+    for copy in range(2):
+        apart = jnp.std(w_LEFD[:, copy] - original_LFD) / jnp.sqrt(jnp.mean(jnp.square(original_LFD)))
+        assert 0.3 < apart < 0.7
+    assert np.abs(logits(model) - logits(dense)).max() > 1e-3
+
+
+def test_what_cannot_be_upcycled():
+    dense = small_model(DENSE)
+    with pytest.raises(ValueError, match="names must name MLPs, got 'attention', which is no branch"):
+        upcycle(dense, ["attention"], copies=2)
+    with pytest.raises(ValueError, match="granularity must divide the hidden width 8 of 'mlp', got 3"):
+        upcycle(dense, ["mlp"], copies=2, granularity=3)
+    with pytest.raises(ValueError, match="active must be from 1 to the 2 copies, got 3"):
+        upcycle(dense, ["mlp"], copies=2, active=3)
+    like = dataclasses.replace(MoEConfig(), router=GShardRouter())
+    with pytest.raises(ValueError, match="must be a TopKRouter whose weights are renormalised"):
+        upcycle(dense, ["mlp"], copies=2, like=like)
