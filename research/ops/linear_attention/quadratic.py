@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from research.ops.linear_attention.solve import unit_lower_inverse
 from research.ops.linear_attention.spans import channel_products, prefix_spans, suffix_spans, token_spans
+from research.ops.linear_attention.state import gram
 
 
 def quadratic(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV, scale):
@@ -41,7 +42,7 @@ def block(q_BGCK, k_BGCK, v_BHCV, g_BHC, beta_BHC, state_BHKV, scale):
         decay_BHCC = mask_CC if g_BHC is None else jnp.exp(token_spans(g_BHC))
         qk_BHCC = repeat(_dot_t(q_BGCK, k_BGCK)) * decay_BHCC
         if beta_BHC is not None:
-            kk_BHCC = repeat(_dot_t(k_BGCK, k_BGCK)) * decay_BHCC
+            kk_BHCC = repeat(gram(k_BGCK)) * decay_BHCC
     else:
         qk_BHCC = channel_products(q_BHCK, k_BHCK, g_BHC)
         if beta_BHC is not None:

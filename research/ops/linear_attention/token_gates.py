@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from research.axes import Array
 from research.ops.linear_attention.solve import unit_lower_inverse
 from research.ops.linear_attention.spans import ERASE
-from research.ops.linear_attention.state import Chunk, ChunkGradient, nn, nt
+from research.ops.linear_attention.state import Chunk, ChunkGradient, gram, nn, nt
 
 
 class Inside(NamedTuple):
@@ -46,7 +46,7 @@ def prepare(q_JNCK, k_JNCK, g_JMC, beta_JMC, rows, X_JMCC=None) -> tuple[Chunk, 
     P = _heads(nt(q_JNCK, k_JNCK), E, r)
     q, k = _repeat(q_JNCK, r), _repeat(k_JNCK, r)
     if beta_JMC is not None:
-        kk = _heads(nt(k_JNCK, k_JNCK), E, r)
+        kk = _heads(gram(k_JNCK), E, r)
         k_in = _scale(a, k)
         if X_JMCC is None:
             X_JMCC = unit_lower_inverse(beta_JMC[..., None] * kk)
