@@ -179,5 +179,7 @@ class Attention(nnx.Module):
         )
         k_BSGK, v_BSGK = (x.astype(q_BTHK.dtype) for x in (new if c.reach is None else cache))
         if c.reach is not None:
+            real_BT11 = (slots.query.segment_BT > 0)[..., None, None]
+            k_BTGK, v_BTGK = jnp.where(real_BT11, k_BTGK, 0), jnp.where(real_BT11, v_BTGK, 0)
             k_BSGK, v_BSGK = jnp.concatenate([k_BSGK, k_BTGK], axis=1), jnp.concatenate([v_BSGK, v_BTGK], axis=1)
         return attention(q_BTHK, k_BSGK, v_BSGK, **slots.mask, **options), new

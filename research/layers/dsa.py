@@ -193,6 +193,5 @@ class DSA(MLA):
             return attend(q_BTHK, *spread(latent_BSK, w_up_KN, c), **options), cache, selected_BTN, statistics
         # Gathered latents are read by all heads: keys and values of each would be made for every query anew.
         k_BS1K = latent_BSK[:, :, None]
-        v_BS1K, narrow = (k_BS1K[..., : c.latent], {}) if dense else (None, {"value_width": c.latent})
-        o_BTHK = attend(absorb(q_BTHK, w_up_KN, c), k_BS1K, v_BS1K, **narrow, **options)
-        return read_out(o_BTHK, w_up_KN, c), cache, selected_BTN, statistics
+        o_BTHK = attend(absorb(q_BTHK, w_up_KN, c), k_BS1K, k_BS1K if dense else None, **options)
+        return read_out(o_BTHK[..., : c.latent], w_up_KN, c), cache, selected_BTN, statistics

@@ -165,8 +165,10 @@ class MLA(nnx.Module):
             latent_BSK = cache.latent_BSK.astype(q_BTHK.dtype)
         if absorbed:
             q_BTHK = absorb(q_BTHK, w_up_KN, c)
-            key_BS1K, value_BS1K = latent_BSK[:, :, None], latent_BSK[:, :, None, : c.latent]
-            return read_out(attention(q_BTHK, key_BS1K, value_BS1K, **mask, **options), w_up_KN, c), cache
+            # The rotated key is read with the values and dropped after: to take the latents alone would copy the cache.
+            key_BS1K = latent_BSK[:, :, None]
+            o_BTHK = attention(q_BTHK, key_BS1K, key_BS1K, **mask, **options)
+            return read_out(o_BTHK[..., : c.latent], w_up_KN, c), cache
         return attention(q_BTHK, *spread(latent_BSK, w_up_KN, c), **mask, **options), cache
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from research.layers.attention import AttentionConfig
 from research.layers.context import Context
 from research.layers.deltanet import DeltaNetConfig
+from research.layers.dsa import DSAConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.gla import GLAConfig
 from research.layers.kda import KDAConfig
@@ -54,7 +55,36 @@ MIXERS = RECURRENT | {
     "attention, plain": AttentionConfig(
         heads=2, key_heads=2, head_width=6, gated=False, qk_norm=None, rotary_fraction=0.0
     ),
+    "attention, window and sinks": AttentionConfig(
+        heads=2,
+        key_heads=1,
+        head_width=6,
+        gated=False,
+        rope_layout="pairs",
+        rotary_fraction=1.0,
+        window=3,
+        sinks=True,
+        softcap=2.0,
+        bias=True,
+        out_bias=True,
+    ),
+    "attention, chunks": AttentionConfig(
+        heads=2,
+        key_heads=1,
+        head_width=6,
+        gated=False,
+        rotary_fraction=1.0,
+        qk_norm_over="projection",
+        rms_after_rope=True,
+        chunk=4,
+        temperature=0.5,
+        temperature_floor=2,
+        clip_qkv=1.0,
+    ),
     "mla": MLAConfig(heads=3, nope_width=6, rope_width=4, value_width=5, latent=8),
+    "dsa": DSAConfig(
+        heads=3, nope_width=6, rope_width=4, value_width=5, latent=8, index_heads=8, index_width=8, top_k=4
+    ),
     "moe": MoEConfig(experts=4, per_token=2, hidden=6, shared_hidden=6, shared_gate=True),
     "mlp": MLPConfig(hidden=10),
 }

@@ -104,7 +104,12 @@ def test_the_ratio_loss_is_one_at_its_ratio():
     assert loss(0.5, 0.4) < loss(0.5, 0.5)
 
 
-@pytest.mark.parametrize("hnet", [INNER, pytest.param(TWO, marks=pytest.mark.slow)], ids=["one stage", "two stages"])
+STAGES = pytest.mark.parametrize(
+    "hnet", [INNER, pytest.param(TWO, marks=pytest.mark.slow)], ids=["one stage", "two stages"]
+)
+
+
+@STAGES
 def test_decoding_continues_prefill(hnet):
     model, tokens_BT = small_model(config_of(hnet)), tokens_of()
     whole = call(model, tokens_BT)
@@ -118,7 +123,7 @@ def test_decoding_continues_prefill(hnet):
     assert 2 < statistics.boundaries[0] < 2 * T
 
 
-@pytest.mark.parametrize("hnet", [TWO], ids=["two stages"])
+@STAGES
 def test_documents_are_separate_and_padding_is_nothing(hnet):
     model, tokens_BT = small_model(config_of(hnet)), tokens_of(12)
     ids_BT = jnp.asarray([[1] * 7 + [2] * 5, [0] + [4] * 9 + [0, 0]], jnp.int32)
@@ -131,14 +136,15 @@ def test_documents_are_separate_and_padding_is_nothing(hnet):
         chex.assert_trees_all_close(packed[row, start:stop], alone[0, : stop - start], atol=3e-5)
 
 
-def test_gradients_reach_the_router_and_the_losses_nest():
-    model, tokens_BT = small_model(config_of(TWO)), tokens_of()
+@STAGES
+def test_gradients_reach_the_router_and_the_losses_nest(hnet):
+    model, tokens_BT = small_model(config_of(hnet)), tokens_of()
 
     @jax.jit
     def gradient(model):
         def loss(model):
             out = model(tokens_BT)
-            losses = jax.vmap(TWO.losses)(out.aux[0][1])
+            losses = jax.vmap(hnet.losses)(out.aux[0][1])
             return jnp.sum(jnp.sin(out.logits_BTV)) + losses["ratio_loss"].sum(), losses
 
         return jax.grad(loss, has_aux=True)(model)

@@ -60,7 +60,8 @@ def attention(
       temperature_BT: multiplies the scores of each query (Llama 4).
       segment_ids_BT: document of each query; None is one document a row.
       source_segment_ids_BS: document of each key; the queries' own by default, and required where S ≠ T and ids are given.
-        With it ids of queries and keys are compared as they are.
+        With it ids of queries and keys are compared as they are, and keys and values must be finite, those of id 0 too:
+        they are a cache's, and selecting would copy it whole.
       places_BT, source_places_BS: place of each query and key in its document, where they are not the rows themselves: a
         cache's keys are at 0 … S-1 by default, and its queries behind them.
       implementation: 'dense' (the definition), 'blocked' (XLA in bounded memory), 'splash' (TPU; its window counts slots,
@@ -89,6 +90,7 @@ def attention(
         source = _given(source_ids_BS, source_places_BS, (B, S))
     if packed:
         q_BTHK = _zero_padding(q_BTHK, query)
+    if aligned and packed:
         k_BSGK, v_BSGV = _zero_padding(k_BSGK, source), _zero_padding(v_BSGV, source)
     q_BTHK = q_BTHK * jnp.asarray(K**-0.5 if scale is None else scale, q_BTHK.dtype)
     if temperature_BT is not None:

@@ -16,14 +16,13 @@ def attend_selected(
     index_BTN: Int[Array, "B T N"],
     *,
     scale: float | None = None,
-    value_width: int | None = None,
     form: Literal["gathered", "masked"] = "gathered",
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys in its slots ``index_BTN`` alone; slot S is none, and a query of none outputs 0.
 
     Args:
       index_BTN: distinct slots of each query, from ``select``.
-      v_BSGV: values; None where they are the first ``value_width`` channels of the keys (MLA's latents): read once.
+      v_BSGV: values; None where the keys are the values too (MLA's latents): gathered once.
       scale: of the scores; K^-1/2 by default.
       form: 'gathered' reads N keys a query; 'masked' scores all S and leaves out the others, which is cheaper until S is
         several times N. Equal but for rounding.
@@ -42,13 +41,12 @@ def attend_selected(
         keys, mask_BCN = k_BSGK, chosen(index_BCN, S)
         if gathered:
             keys, mask_BCN = gather(k_BSGK, index_BCN), index_BCN < S
-        values = keys[..., :value_width] if v_BSGV is None else gather(v_BSGV, index_BCN) if gathered else v_BSGV
+        values = keys if v_BSGV is None else gather(v_BSGV, index_BCN) if gathered else v_BSGV
         weight_BCHN = masked_softmax(scores(q_BCHK, keys), mask_BCN[:, :, None])
         return read(jnp.where(mask_BCN[:, :, None], weight_BCHN, 0).astype(values.dtype), values)
 
-    V = value_width if v_BSGV is None else v_BSGV.shape[-1]
-    N = index_BTN.shape[-1]
-    elements = N * max(G * (K + (V or K)), H) if gathered else S * H
+    N, V = index_BTN.shape[-1], 0 if v_BSGV is None else v_BSGV.shape[-1]
+    elements = N * max(G * (K + V), H) if gathered else S * H
     return map_queries(block, (q_BTHK, index_BTN), queries_per_block(B * elements))
 
 
