@@ -55,22 +55,30 @@ def convolve(x_BTN, w_WN, state: RecurrentState | None, context: Context, bias_N
     return y_BTN, None if tail_BWN is None else new_BWN.astype(tail_BWN.dtype)
 
 
-def attend(q_BTGK, k_BTGK, v_BTHV, state: RecurrentState | None, context: Context, config, *, log_decay=None, **gates):
-    """``linear_attention`` or its step, with ``config``'s implementation and chunk_size; returns (o_BTHV, the new memory or None).
-
-    ``gates``: beta and scale. ``log_decay`` may be one a head, [H].
-    """
-    scale = gates.pop("scale", 1.0)
+def attend(
+    q_BTGK,
+    k_BTGK,
+    v_BTHV,
+    state: RecurrentState | None,
+    context: Context,
+    config,
+    *,
+    log_decay=None,
+    beta=None,
+    scale=1.0,
+):
+    """``linear_attention`` or its step, with ``config``'s implementation and chunk_size; returns (o_BTHV, the new memory or
+    None)."""
     options = {"implementation": config.implementation, "chunk_size": config.chunk_size}
-    fixed = log_decay is not None and log_decay.ndim == 1
+    per_head = log_decay is not None and log_decay.ndim == 1  # the same for every row
     return sequence_or_step(
         functools.partial(linear_attention, scale=scale, **options),
         functools.partial(linear_attention_step, scale=scale),
         (q_BTGK, k_BTGK, v_BTHV),
         state,
         context,
-        gates=gates if fixed else {**gates, "log_decay": log_decay},
-        shared={"log_decay": log_decay} if fixed else {},
+        gates={"beta": beta} if per_head else {"beta": beta, "log_decay": log_decay},
+        shared={"log_decay": log_decay} if per_head else {},
     )
 
 
