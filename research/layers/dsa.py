@@ -132,13 +132,12 @@ class DSA(MLA):
             q_BTHK, self.latents(x_BTD, context), index, context.selected_BTN, state, context.segment_ids_BT, context.cached_B
         )  # fmt: skip
         learns = not context.deterministic and state is None and index is not None
-        w_up_KN = read(self.w_up_KN, x_BTD.dtype)
 
-        def run(batched, w_up_KN):
-            *out, statistics = self._mix(batched, w_up_KN, learns)
+        def run(batched, weights):
+            *out, statistics = self._mix(batched, weights, learns)
             return tuple(out), statistics
 
-        out: Any = per_shard(run, batched, w_up_KN, summed=True)
+        out: Any = per_shard(run, batched, self.spreading(x_BTD.dtype), summed=True)
         (o_BTHV, state, selected_BTN), statistics = out
         if c.indices == "given":
             return self.output(o_BTHV), state, HandedOn(statistics, selected_BTN)
@@ -153,10 +152,11 @@ class DSA(MLA):
         latent_BSK = super().init_state(batch, max_length, dtype).latent_BSK
         return SparseCache(latent_BSK, jnp.zeros((batch, max_length, index_width), dtype))
 
-    def _mix(self, batched: Any, w_up_KN, learns: bool):
+    def _mix(self, batched: Any, weights, learns: bool):
         """(output, state, selection or None where all is selected, statistics or None)."""
         q_BTHK, latent_BSK, index, selected_BTN, cache, segment_ids_BT, cached_B = batched
         c, (B, T) = self.config, q_BTHK.shape[:2]
+        w_key_HKN, w_value_HVK = weights
         parts: Any = index or (None, None, None)
         index_q_BTHK, index_k_BSK, w_BTH = parts
         if cache is None:
@@ -179,7 +179,7 @@ class DSA(MLA):
         statistics = None
         if learns:
             statistics = index_divergence(
-                index_q_BTHK, index_k_BSK, w_BTH, absorb(q_BTHK, w_up_KN, c), latent_BSK[:, :, None], query, source,
+                index_q_BTHK, index_k_BSK, w_BTH, absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None], query, source,
                 scale=c.score_scale, index_BTN=selected_BTN,
             )  # fmt: skip
         prefill = c.prefill or ("masked" if T > 8 and 4 * c.top_k >= S else "gathered")
@@ -190,8 +190,8 @@ class DSA(MLA):
             options |= {"index_BTN": selected_BTN, "form": prefill}
         attend: Any = attention if dense else attend_selected
         if not absorbed and (dense or prefill == "masked"):
-            return attend(q_BTHK, *spread(latent_BSK, w_up_KN, c), **options), cache, selected_BTN, statistics
+            return attend(q_BTHK, *spread(latent_BSK, *weights), **options), cache, selected_BTN, statistics
         # Gathered latents are read by all heads: keys and values of each would be made for every query anew.
         k_BS1K = latent_BSK[:, :, None]
-        o_BTHK = attend(absorb(q_BTHK, w_up_KN, c), k_BS1K, k_BS1K if dense else None, **options)
-        return read_out(o_BTHK[..., : c.latent], w_up_KN, c), cache, selected_BTN, statistics
+        o_BTHK = attend(absorb(q_BTHK, w_key_HKN), k_BS1K, k_BS1K if dense else None, **options)
+        return read_out(o_BTHK[..., : c.latent], w_value_HVK), cache, selected_BTN, statistics

@@ -109,16 +109,17 @@ class MLA(nnx.Module):
         self.w_query_RN = normal(rngs, (R or D, queries), param_dtype, P("fsdp", None), fan_in=R or D)
         self.w_down_DK = normal(rngs, (D, c.latent + c.rope_width), param_dtype, P("fsdp", None), fan_in=D)
         self.latent_norm = norm.build(c.latent, param_dtype=param_dtype)
-        # Per head [key | value].
-        spread = (c.latent, H * (c.nope_width + c.value_width))
-        self.w_up_KN = normal(rngs, spread, param_dtype, P("fsdp", None), fan_in=c.latent)
+        # Heads first, and last what a decoded token contracts over: a product a head without moving either.
+        keys, values = (H, c.latent, c.nope_width), (H, c.value_width, c.latent)
+        self.w_key_HKN = normal(rngs, keys, param_dtype, P(None, "fsdp", None), fan_in=c.latent)
+        self.w_value_HVK = normal(rngs, values, param_dtype, P(None, None, "fsdp"), fan_in=c.latent)
         out = H * c.value_width
         self.w_out_ND = normal(rngs, (out, D), param_dtype, P(None, "fsdp"), fan_in=out, gain=depth**-0.5)
 
     def __call__(self, x_BTD, state: LatentCache | None, context: Context) -> tuple[Any, Any, Any]:
         q_BTHK, _ = self.queries(x_BTD, context)
         batched = (q_BTHK, self.latents(x_BTD, context), state, context.segment_ids_BT, context.cached_B)
-        o_BTHV, state = per_shard(self._attend, batched, read(self.w_up_KN, x_BTD.dtype))
+        o_BTHV, state = per_shard(self._attend, batched, self.spreading(x_BTD.dtype))
         return self.output(o_BTHV), state, None
 
     def init_state(self, batch: int, max_length: int, dtype) -> Any:
@@ -143,6 +144,10 @@ class MLA(nnx.Module):
             [self.latent_norm(latent_BTK), self._turned(key_BTK[:, :, None], context)[:, :, 0]], axis=-1
         )
 
+    def spreading(self, dtype) -> tuple[Array, Array]:
+        """What makes keys and values of every head from latents: (W_UK, W_UV)."""
+        return read(self.w_key_HKN, dtype), read(self.w_value_HVK, dtype)
+
     def output(self, o_BTHV):
         return project(o_BTHV.reshape(*o_BTHV.shape[:2], -1), read(self.w_out_ND, o_BTHV.dtype))
 
@@ -151,7 +156,8 @@ class MLA(nnx.Module):
         turn = {"theta": c.rope_theta, "layout": c.rope_layout, "scaling": c.rope_scaling}
         return rope(x_BTHK, context.positions_BT, **turn)
 
-    def _attend(self, batched, w_up_KN):
+    def _attend(self, batched, weights):
+        w_key_HKN, w_value_HVK = weights
         q_BTHK, latent_BTK, cache, segment_ids_BT, cached_B = batched
         c = self.config
         options = {"scale": c.score_scale, "implementation": c.implementation}
@@ -164,31 +170,28 @@ class MLA(nnx.Module):
             mask, absorbed = slots.mask, c.absorbs(q_BTHK.shape[1])
             latent_BSK = cache.latent_BSK.astype(q_BTHK.dtype)
         if absorbed:
-            q_BTHK = absorb(q_BTHK, w_up_KN, c)
+            q_BTHK = absorb(q_BTHK, w_key_HKN)
             # The rotated key is read with the values and dropped after: to take the latents alone would copy the cache.
             key_BS1K = latent_BSK[:, :, None]
             o_BTHK = attention(q_BTHK, key_BS1K, key_BS1K, **mask, **options)
-            return read_out(o_BTHK[..., : c.latent], w_up_KN, c), cache
-        return attention(q_BTHK, *spread(latent_BSK, w_up_KN, c), **mask, **options), cache
+            return read_out(o_BTHK[..., : c.latent], w_value_HVK), cache
+        return attention(q_BTHK, *spread(latent_BSK, w_key_HKN, w_value_HVK), **mask, **options), cache
 
 
-def spread(latent_BSK, w_up_KN, c: MLAConfig):
-    """Keys [nope | rope] and values of every head, made from latents: the unabsorbed form."""
-    up_BSN = project(latent_BSK[..., : c.latent], w_up_KN)
-    up_BSHN = up_BSN.reshape(*up_BSN.shape[:2], c.heads, c.nope_width + c.value_width)
-    k_BSHK, v_BSHV = jnp.split(up_BSHN, [c.nope_width], axis=-1)
-    key_BSHK = jnp.broadcast_to(latent_BSK[:, :, None, c.latent :], (*k_BSHK.shape[:3], c.rope_width))
-    return jnp.concatenate([k_BSHK, key_BSHK], axis=-1), v_BSHV
+def spread(latent_BSK, w_key_HKN, w_value_HVK):
+    """Keys [nope | rope] and values of every head, made from what is cached: the unabsorbed form."""
+    latent_BSK, key_BSK = jnp.split(latent_BSK, [w_key_HKN.shape[1]], axis=-1)
+    nope_BSHN = jnp.einsum("BSK,HKN->BSHN", latent_BSK, w_key_HKN)
+    key_BSHK = jnp.broadcast_to(key_BSK[:, :, None], (*nope_BSHN.shape[:3], key_BSK.shape[-1]))
+    return jnp.concatenate([nope_BSHN, key_BSHK], axis=-1), jnp.einsum("BSK,HVK->BSHV", latent_BSK, w_value_HVK)
 
 
-def absorb(q_BTHK, w_up_KN, c: MLAConfig):
+def absorb(q_BTHK, w_key_HKN):
     """Queries that meet latents as they are cached: W_UKᵀ q beside the rotated channels (§2.1.2, "absorbed into W^Q")."""
-    nope_BTHN, rope_BTHK = jnp.split(q_BTHK, [c.nope_width], axis=-1)
-    w_KHN = w_up_KN.reshape(c.latent, c.heads, -1)[..., : c.nope_width]
-    return jnp.concatenate([jnp.einsum("BTHN,KHN->BTHK", nope_BTHN, w_KHN), rope_BTHK], axis=-1)
+    nope_BTHN, rope_BTHK = jnp.split(q_BTHK, [w_key_HKN.shape[-1]], axis=-1)
+    return jnp.concatenate([jnp.einsum("BTHN,HKN->BTHK", nope_BTHN, w_key_HKN), rope_BTHK], axis=-1)
 
 
-def read_out(o_BTHK, w_up_KN, c: MLAConfig):
+def read_out(o_BTHK, w_value_HVK):
     """Values of every head from a mean of latents: W_UV after attention instead of before."""
-    w_KHV = w_up_KN.reshape(c.latent, c.heads, -1)[..., c.nope_width :]
-    return jnp.einsum("BTHK,KHV->BTHV", o_BTHK, w_KHV)
+    return jnp.einsum("BTHK,HVK->BTHV", o_BTHK, w_value_HVK)

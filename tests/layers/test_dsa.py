@@ -45,7 +45,16 @@ def inputs():
 def test_selecting_all_is_dense_attention_exactly():
     sparse = layer_of(dataclasses.replace(SMALL, top_k=T))
     dense = MLAConfig(**SIZES).build(D, depth=1, rngs=nnx.Rngs(params=0), param_dtype=jnp.float32)
-    for name in ("w_query_down_DR", "w_query_RN", "w_down_DK", "w_up_KN", "w_out_ND", "query_norm", "latent_norm"):
+    for name in (
+        "w_query_down_DR",
+        "w_query_RN",
+        "w_down_DK",
+        "w_key_HKN",
+        "w_value_HVK",
+        "w_out_ND",
+        "query_norm",
+        "latent_norm",
+    ):
         setattr(dense, name, getattr(sparse, name))
     np.testing.assert_array_equal(call(sparse, *inputs())[0], call(dense, *inputs())[0])
 

@@ -42,7 +42,7 @@ def definition(mla, x):
 
     c = mla.config
     w = {name: np.asarray(getattr(mla, name)[...], np.float64) for name in (
-        "w_query_down_DR", "w_query_RN", "w_down_DK", "w_up_KN", "w_out_ND")}  # fmt: skip
+        "w_query_down_DR", "w_query_RN", "w_down_DK", "w_key_HKN", "w_value_HVK", "w_out_ND")}  # fmt: skip
 
     def normed(x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
@@ -51,18 +51,19 @@ def definition(mla, x):
         pairs = (x[0::2] + 1j * x[1::2]) * np.exp(1j * t * frequencies(c.rope_width, c.rope_theta, YARN))
         return np.stack([pairs.real, pairs.imag], -1).reshape(-1)
 
+    ups = w["w_key_HKN"], np.swapaxes(w["w_value_HVK"], 1, 2)
     out = np.zeros((*x.shape[:2], D))
     for b in range(x.shape[0]):
         down = x[b] @ w["w_down_DK"]
-        up = (normed(down[:, : c.latent]) @ w["w_up_KN"]).reshape(x.shape[1], c.heads, -1)
+        key, value = (normed(down[:, : c.latent]) @ up for up in ups)
         query = (normed(x[b] @ w["w_query_down_DR"]) @ w["w_query_RN"]).reshape(x.shape[1], c.heads, -1)
         for t in range(x.shape[1]):
             heads = []
             for h in range(c.heads):
                 q = np.concatenate([query[t, h, : c.nope_width], turn(query[t, h, c.nope_width :], t)])
-                k = [np.concatenate([up[s, h, : c.nope_width], turn(down[s, c.latent :], s)]) for s in range(t + 1)]
+                k = [np.concatenate([key[h, s], turn(down[s, c.latent :], s)]) for s in range(t + 1)]
                 weight = np.exp(np.asarray(k) @ q * 10**-0.5 * (0.1 * np.log(40) + 1) ** 2)
-                heads.append(weight / weight.sum() @ up[: t + 1, h, c.nope_width :])
+                heads.append(weight / weight.sum() @ value[h, : t + 1])
             out[b, t] = np.concatenate(heads) @ w["w_out_ND"]
     return out
 
