@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.linear_attention import tpu_channel_gates
 from pallas_kernels.linear_attention.tpu_bodies import Sizes, backward_kernel, forward_kernel
 from pallas_kernels.linear_attention.tpu_tiles import LANES, Products
 
@@ -23,8 +24,6 @@ _VMEM_BYTES = 64 * 1024 * 1024
 
 def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | None:
     """Why the kernels cannot serve the call, or None."""
-    if g is not None and g.ndim == 4:
-        return "it has one gate a token and head, not one a channel"
     if state_BHKV.dtype != jnp.float32:
         return f"it keeps a float32 state, and these inputs want {state_BHKV.dtype}"
     if v_BTHV.dtype not in (jnp.float32, jnp.bfloat16) or q_BTGK.dtype not in (jnp.float32, jnp.bfloat16):
@@ -64,13 +63,15 @@ def backward(
         "dv": call.values(None, call.dtype),
         "dstate": call.state(dstate_BHKV),
     }
-    if g is not None and g.ndim == 3:
-        outputs["dg"] = call.rows(None)
+    if g is not None:
+        outputs["dg"] = call.rows(None) if g.ndim == 3 else call.channels(None)
     if beta_BTH is not None:
         outputs["dbeta"] = call.rows(None)
     out = call.run(backward_kernel, "linear_attention_backward", inputs, outputs, interpret)
     dq, dk = (call.key_gradient(out[n], x) for n, x in (("dq", q_BTGK), ("dk", k_BTGK)))
-    dg = None if g is None else call.from_rows(out["dg"], g)
+    dg = None
+    if g is not None:
+        dg = call.from_rows(out["dg"], g) if g.ndim == 3 else call.unpad(out["dg"], g)
     dbeta = None if beta_BTH is None else call.from_rows(out["dbeta"], beta_BTH)
     dv = call.unpad(out["dv"], v_BTHV).astype(v_BTHV.dtype)
     return dq, dk, dv, dg, dbeta, out["dstate"][..., : call.K, : call.V]
@@ -87,7 +88,8 @@ class _Call:
         self.C = max(interval, _SMALLEST_CHUNK)
         self.N = -(-self.T // self.C)
         self.Kp, self.Vp = (-(-width // LANES) * LANES for width in (self.K, self.V))
-        self.h, self.g = heads_of_a_step(self.H, self.H // self.G, 8 if self.dtype == jnp.float32 else 16)
+        most = 8 if self.dtype == jnp.float32 or (g is not None and g.ndim == 4) else 16
+        self.h, self.g = heads_of_a_step(self.H, self.H // self.G, most)
         self.key_blocks = self.H // self.h  # of partial gradients; the key heads of one may be another's too
         self.backwards = backwards
         gate = "none" if g is None else "token" if g.ndim == 3 else "channel"
@@ -96,6 +98,10 @@ class _Call:
             self.N, self.C, self.Kp, self.Vp, self.h, self.g, gate, beta_BTH is not None, scale, products, 8
         )
 
+        together = min(self.sizes.together, self.h)
+        shape = (together, tpu_channel_gates.SCRATCH, self.C, self.Kp)
+        self.scratch = [pltpu.VMEM(shape, jnp.float32)] if gate == "channel" else []
+
     def inputs(self, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH):
         out: dict[str, Any] = {
             "q": self.keys(q_BTGK, self.dtype),
@@ -103,7 +109,7 @@ class _Call:
             "v": self.values(v_BTHV, self.dtype),
         }
         if g is not None:
-            out["g"] = self.rows(g)
+            out["g"] = self.rows(g) if g.ndim == 3 else self.channels(g)
         if beta_BTH is not None:
             out["beta"] = self.rows(beta_BTH)
         return out
@@ -118,6 +124,9 @@ class _Call:
 
     def values(self, x_BTHV, dtype):
         return self._heads(x_BTHV, self.H, self.h, self.Vp, dtype, lambda hb: hb)
+
+    def channels(self, g_BTHK):
+        return self._heads(g_BTHK, self.H, self.h, self.Kp, jnp.float32, lambda hb: hb)
 
     def _heads(self, x_BTH, total, n, width, dtype, block):
         shape = (self.B, self.N * self.C, total, width)
@@ -176,7 +185,9 @@ class _Call:
         varying = jax.typeof(inputs["v"][0]).manual_axis_type
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x, _ in outputs.values()]
         out = pl.pallas_call(
-            functools.partial(kernel, sizes=self.sizes, given=(*inputs, *outputs)),
+            functools.partial(
+                kernel, sizes=self.sizes, given=(*inputs, *outputs, *(["scratch"] if self.scratch else []))
+            ),
             grid=(self.B, self.H // self.h, self.N),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in outputs.values()],
@@ -184,6 +195,7 @@ class _Call:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
             ),
+            scratch_shapes=self.scratch,
             interpret=interpret,
             name=name,
         )(*(x for x, _ in inputs.values()))

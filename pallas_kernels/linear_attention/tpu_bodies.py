@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention import tpu_token_gates
+from pallas_kernels.linear_attention import tpu_channel_gates, tpu_token_gates
 from pallas_kernels.linear_attention.tpu_solve import invert, solve, solve_transposed
 from pallas_kernels.linear_attention.tpu_tiles import Heads, Products, column, iota, lockstep, widen
 
@@ -40,10 +40,19 @@ def _row(x, h):
     return None if x is None else x[0, 0, 0, h : h + 1]
 
 
-def _spans(g, heads, constants, products, backwards=False):
-    if g is None:
+def _family(sizes):
+    return tpu_channel_gates if sizes.gate == "channel" else tpu_token_gates
+
+
+def _gates(x, sizes, heads, constants, backwards=False):
+    """What ``prepare`` takes for the gates of every head: nothing, sums over spans, or the gates and room to sum them."""
+    if sizes.gate == "none":
         return [None] * len(heads)
-    return tpu_token_gates.spans([_row(g, h) for h in heads], constants, products, backwards)
+    if sizes.gate == "token":
+        rows = [_row(x["g"], h) for h in heads]
+        return tpu_token_gates.spans(rows, constants, sizes.products, backwards)
+    g = Heads(x["g"], sizes.H, sizes.K)
+    return [(g.load_apart(h), x["scratch"].at[i]) for i, h in enumerate(heads)]
 
 
 def forward_kernel(*refs, sizes: Sizes, given):
@@ -60,15 +69,15 @@ def forward_kernel(*refs, sizes: Sizes, given):
 
     if x["saved"] is not None:
         x["saved"][0] = state[...]
-    constants = tpu_token_gates.make_constants(s.C)
+    constants = _family(s).make_constants(s.C)
     products = s.products
 
-    def head(h, sums):
+    def head(h, gates):
         kh = h * s.G // s.H
         q_h, k_h, v_h = q.load(kh), k.load(kh), v.load(h)
         beta = _row(x["beta"], h)
         yield
-        inside = yield from tpu_token_gates.prepare(q_h, k_h, sums, constants, products, delta=s.delta)
+        inside = yield from _family(s).prepare(q_h, k_h, gates, constants, products, delta=s.delta)
         S = state[0, h]
         yield
         P, k_out, w = inside.P, inside.k_out, v_h
@@ -86,7 +95,7 @@ def forward_kernel(*refs, sizes: Sizes, given):
 
     for first in range(0, s.H, s.together):
         heads = range(first, min(first + s.together, s.H))
-        lockstep(map(head, heads, _spans(x["g"], heads, constants, products)))
+        lockstep(map(head, heads, _gates(x, s, heads, constants)))
 
 
 def backward_kernel(*refs, sizes: Sizes, given):
@@ -102,17 +111,17 @@ def backward_kernel(*refs, sizes: Sizes, given):
     def _():
         dstate[...] = x["end"][...]
 
-    constants = tpu_token_gates.make_constants(s.C)
+    constants = _family(s).make_constants(s.C)
     products = s.products
     diagonal = iota((s.C, s.C), 0) == iota((s.C, s.C), 1)
 
-    def head(h, sums):
+    def head(h, gates):
         kh = h * s.G // s.H
         q_h, k_h, v_h = q.load(kh), k.load(kh), v.load(h)
         do_h = (do.load(h) * s.scale).astype(products.dtype)
         beta = _row(x["beta"], h)
         yield
-        inside = yield from tpu_token_gates.prepare(q_h, k_h, sums, constants, products, delta=s.delta, backwards=True)
+        inside = yield from _family(s).prepare(q_h, k_h, gates, constants, products, delta=s.delta, backwards=True)
         S, dS = x["saved"][0, 0, h], dstate[0, h]
         yield
         w = u = v_h
@@ -144,21 +153,23 @@ def backward_kernel(*refs, sizes: Sizes, given):
         dq_in = products.nt(do_h, S)
         dk_out = products.nt(u, dS)
         yield
-        f = None if inside.Z is None else jnp.sum(widen(inside.Z, s.V) * (S * dS), axis=0, keepdims=True)
-        dq_h, dk_h, dg = yield from tpu_token_gates.backward(
-            q_h, k_h, inside, dP, dM, dq_in, dk_in, dk_out, f, constants, products, gated=s.gate != "none"
-        )
+        cotangents = (dP, dM, dq_in, dk_in, dk_out, (S, dS), constants, products)
+        if s.gate == "channel":
+            dq_h, dk_h, dg = yield from tpu_channel_gates.backward(q_h, k_h, inside, *cotangents, gates[1])
+            Heads(x["dg"], s.H, s.K).store_apart(h, dg)
+        else:
+            dq_h, dk_h, dg = yield from tpu_token_gates.backward(q_h, k_h, inside, *cotangents)
+            if dg is not None:
+                x["dg"][0, 0, 0, h : h + 1] = dg
         dstate[0, h] = before
         dv.store(h, dw)
-        if dg is not None:
-            x["dg"][0, 0, 0, h : h + 1] = dg
         return dq_h, dk_h
 
     r = s.H // s.G
     pending = {}
     for first in range(0, s.H, s.together):
         heads = range(first, min(first + s.together, s.H))
-        results = lockstep(map(head, heads, _spans(x["g"], heads, constants, products, backwards=True)))
+        results = lockstep(map(head, heads, _gates(x, s, heads, constants, backwards=True)))
         for h, pair in zip(heads, results, strict=True):
             pending.setdefault(h // r, []).append(pair)
             if len(pending[h // r]) == r:

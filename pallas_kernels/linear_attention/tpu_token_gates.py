@@ -101,8 +101,8 @@ def prepare(q, k, sums, constants, products, *, delta, backwards=False):
     return Inside(P, M, a * q, a * k if delta else None, k_out, Z, E, a, z)
 
 
-def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, f, constants, products, *, gated):
-    """Generator: (dq, dk, dg [1, C] or None) from the cotangents of the chunk's arrays; ``f`` [1, V] is Z ⊙ Σ_K S dS."""
+def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, state, constants, products):
+    """Generator: (dq, dk, dg [1, C] or None) from the cotangents of the chunk's arrays; ``state`` is (S, dS)."""
     C, K = k.shape
     dPE = jnp.where(constants.lower, dP, 0.0) if inside.E is None else dP * inside.E
     dq = products.nn(dPE, k) + _scale(inside.a, dq_in)
@@ -113,7 +113,7 @@ def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, f, constants, p
         dME = dME if inside.E is None else dME * inside.E
         dk = dk + products.nn(dME, k) + products.tn(dME, k) + _scale(inside.a, dk_in)
         yield
-    if not gated:
+    if inside.E is None:
         return dq, dk, None
     # dg_l: the factors whose span holds l, times their cotangents. Row i holds those that end at i ≥ l (P, M, a), and for
     # i < l those that start at i (z).
@@ -123,11 +123,14 @@ def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, f, constants, p
         Q = Q + dM * inside.M
         c = c + inside.k_in * dk_in
     e = inside.k_out * dk_out
-    ones_KC, ones_VC = jnp.ones((K, C), jnp.bfloat16), jnp.ones((f.shape[1], C), jnp.bfloat16)
+    S, dS = state
+    V = S.shape[1]
+    ones_KC, ones_VC = jnp.ones((K, C), jnp.bfloat16), jnp.ones((V, C), jnp.bfloat16)
+    f = jnp.sum(widen(inside.Z, V) * (S * dS), axis=0, keepdims=True)
     ending = products.sums(Q, constants.upper_low) + products.sums(c, ones_KC)
     yield
     starting = products.sums(e, ones_KC)
-    whole = products.sums(jnp.broadcast_to(f, (8, f.shape[1])), ones_VC)[:1]
+    whole = products.sums(jnp.broadcast_to(f, (8, V)), ones_VC)[:1]
     yield
     return dq, dk, jnp.sum(jnp.where(constants.lower, ending, starting), axis=0, keepdims=True) + whole
 

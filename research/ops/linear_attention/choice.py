@@ -73,8 +73,8 @@ def _attend_backward(plan, residuals, cotangents):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _choose(plan, way, arrays: tuple, **options):
-    options: dict[str, Any] = dict(scale=plan.scale, interval=plan.interval, **options)
+def _choose(plan, way, arrays: tuple, **save):
+    options: dict[str, Any] = dict(scale=plan.scale, interval=plan.interval, **save)
     xla = functools.partial(getattr(chunked, way), chunk_size=plan.chunk_size, **options)
     if plan.implementation == "chunked":
         return xla(*arrays)
@@ -88,4 +88,5 @@ def _choose(plan, way, arrays: tuple, **options):
 
 def refuses(plan, arrays) -> str | None:
     """Why the TPU kernel cannot serve ``arrays`` (q, k, v, g, beta, state), or None."""
-    return tpu.refuses(*arrays, plan.interval)
+    q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV = arrays
+    return tpu.refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, plan.interval)
