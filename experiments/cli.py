@@ -6,11 +6,14 @@ Exit codes: 0 done, 1 failed, 2 bad input (one sentence on stderr), 128 + n stop
 import argparse
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
 import logging
+import os
 import pkgutil
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,6 +51,21 @@ def call(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str]
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def keep_compiled(cache: Path) -> None:
+    """Keeps compiled programs in the work directory, so that resuming need not wait; JAX's own setting comes first."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        # XLA compiles for this very processor: a work directory may be mounted on others.
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            processor = next(line for line in lines if line.startswith(("flags", "Features")))
+        except (OSError, StopIteration):
+            processor = platform.processor()
+        name = f"compiled-{platform.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"
+        jax.config.update("jax_compilation_cache_dir", os.fspath((cache / name).absolute()))
 
 
 def modules_of(package: str) -> dict[str, str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from experiments.train import keep_compiled
 from research.config import ConfigError
 
 if TYPE_CHECKING:  # a mistyped option needs no JAX
@@ -54,7 +53,7 @@ def score(options: argparse.Namespace) -> tuple[dict[str, Any], Sequence[bytes]]
         cache = Path(options.directory).expanduser() / CACHE_FOLDER
         cache = cache if os.access(cache, os.W_OK) else None
         if cache is not None:
-            keep_compiled(cache)
+            cli.keep_compiled(cache)
         length = trained.config.data.sequence_length
         if options.overlap >= length:
             raise ConfigError(f"--overlap must be less than the {length} positions of a row, got {options.overlap}")

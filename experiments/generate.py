@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import cli
-from experiments.train import keep_compiled
 from research.config import ConfigError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = trained.tokenizer
     cache = Path(options.directory).expanduser() / CACHE_FOLDER
     if os.access(cache, os.W_OK):
-        keep_compiled(cache)
+        cli.keep_compiled(cache)
     prompts = options.prompt or [""]
     try:
         # Documents of the training data begin with the start token, and end with EOS where there is one.

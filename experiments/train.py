@@ -4,9 +4,6 @@ Resumes by itself where DIR holds a checkpoint. Ctrl-C or SIGTERM finishes the s
 """
 
 import argparse
-import hashlib
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from research.training.interrupts import Interrupts
     from research.training.loop import TrainingFailed, train
 
-    keep_compiled(workdir / "cache")
+    cli.keep_compiled(workdir / "cache")
     with Interrupts(resume_line=f"Resume with: {again}") as interrupts:
         try:
             outcome = train(config, workdir, interrupts=interrupts)
@@ -96,21 +93,6 @@ def report(options: argparse.Namespace, workdir: Path, step: int, result: dict[s
         ),
     ]
     return "\n".join(lines)
-
-
-def keep_compiled(cache: Path) -> None:
-    """Keeps compiled programs in the work directory, so that resuming need not wait; JAX's own setting comes first."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        # XLA compiles for this very processor: a work directory may be mounted on others.
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            processor = next(line for line in lines if line.startswith(("flags", "Features")))
-        except (OSError, StopIteration):
-            processor = platform.processor()
-        name = f"compiled-{platform.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"
-        jax.config.update("jax_compilation_cache_dir", os.fspath((cache / name).absolute()))
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, cli.Parser]:

@@ -18,7 +18,7 @@ from research.training.runs import write_config
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
-    monkeypatch.setattr(train, "keep_compiled", lambda cache: None)
+    monkeypatch.setattr(cli, "keep_compiled", lambda cache: None)
 
 
 def _run(capsys, main, *argv):

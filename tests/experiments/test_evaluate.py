@@ -5,16 +5,18 @@ import io
 import json
 import math
 import shutil
+import statistics
 
 import pytest
 
 from experiments import cli, evaluate
+from research.training.metrics import read_lines
 from tests.experiments.tiny import tiny_run
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(evaluate, "keep_compiled", lambda cache: None)
+    monkeypatch.setattr(cli, "keep_compiled", lambda cache: None)
 
 
 def run(*arguments):
@@ -81,3 +83,11 @@ def test_changed_data_is_not_held_out(tmp_path):
 def test_bad_input_is_named(arguments, message):
     code, out, err = run(tiny_run(), *arguments)
     assert (code, out) == (2, "") and err.startswith(message)
+
+
+def test_the_loader_never_starves_the_step():
+    """The share of time that steps wait for their batch, in a run whose steps are a thousand times smaller than most."""
+    records = list(read_lines(tiny_run() / "metrics.jsonl"))[3:]
+    waited = statistics.median(record["data_wait_seconds"] for record in records)
+    took = statistics.median(record["tokens"] / record["tokens_per_second"] for record in records)
+    assert waited < 0.1 * took

@@ -15,7 +15,7 @@ from tests.experiments.tiny import tiny_run
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(generate, "keep_compiled", lambda cache: None)
+    monkeypatch.setattr(cli, "keep_compiled", lambda cache: None)
 
 
 def run(*arguments):
