@@ -170,17 +170,28 @@ def exchange(
     }
 
     def every_chunk(way, arrays):
-        parts = [way(*(a[i * part : (i + 1) * part] for a in arrays)) for i in range(chunks)]
-        return jnp.concatenate(parts) if chunks > 1 else parts[0]
+        other = [beside()]
+
+        def meet(rows_RD):
+            # Experts wait for the first tokens and for what is beside: while those travel, this is computed. It also
+            # keeps XLA from fusing its last product with the sum of both, which would make it wait for tokens to return.
+            if other[0] is None or len(other) > 1:
+                return rows_RD
+            rows_RD, held = jax.lax.optimization_barrier((rows_RD, other[0]))
+            other.append(held)
+            return rows_RD
+
+        parts = [way(*(a[i * part : (i + 1) * part] for a in arrays), meet=meet) for i in range(chunks)]
+        return jnp.concatenate(parts) if chunks > 1 else parts[0], other[-1]
 
     def bounded(name):
         def run(*arrays):
             if name == "ring" or _never_overflows(name, plan, part, devices, room, worst):
-                return every_chunk(ways[name], arrays), beside()
+                return every_chunk(ways[name], arrays)
             fits = _fits(name, arrays[1], plan, chunks, devices, own, room)
             return jax.lax.cond(
                 fits,
-                lambda *arrays: (every_chunk(ways[name], arrays), beside()),
+                lambda *arrays: every_chunk(ways[name], arrays),
                 lambda *arrays: (_in_pieces(ring, arrays, chunks * devices), beside()),
                 *arrays,
             )
@@ -237,11 +248,11 @@ def _local_ids(expert_RK, device, own):
     return jnp.where(expert_RK // own == device, expert_RK % own, own)
 
 
-def _ring(x_TD, expert_TK, weight_TK, *, finish, live):
+def _ring(x_TD, expert_TK, weight_TK, *, finish, live, meet=lambda rows_RD: rows_RD):
     own = finish.keywords["own"]
     x_RD, expert_RK, weight_RK = (jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x_TD, expert_TK, weight_TK))
     expert_RK = _local_ids(expert_RK, jax.lax.axis_index(AXIS), own)
-    y_RO = finish(x_RD, expert_RK, weight_RK, live=min(live, expert_RK.size))
+    y_RO = finish(meet(x_RD), expert_RK, weight_RK, live=min(live, expert_RK.size))
     return jax.lax.psum_scatter(y_RO, AXIS, scatter_dimension=0, tiled=True)
 
 
@@ -268,17 +279,17 @@ def _read(letters_RK2, own):
     return jnp.where(ids_RK > 0, ids_RK - 1, own), weight_RK
 
 
-def _padded(x_TD, expert_TK, weight_TK, *, finish, devices, slots, live):
+def _padded(x_TD, expert_TK, weight_TK, *, finish, devices, slots, live, meet):
     own = finish.keywords["own"]
     groups = _departures(expert_TK, own, devices, capacity=slots)
     device_M = jnp.arange(devices * slots) // slots
     letters = _letters(expert_TK, weight_TK, groups, device_M, own)
     travel = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    y_RO = finish(travel(dispatch(x_TD, groups)), *_read(travel(letters), own), live=live)
+    y_RO = finish(meet(travel(dispatch(x_TD, groups))), *_read(travel(letters), own), live=live)
     return combine(travel(y_RO), groups, weighted=True)
 
 
-def _ragged(x_TD, expert_TK, weight_TK, *, finish, devices, received, live):
+def _ragged(x_TD, expert_TK, weight_TK, *, finish, devices, received, live, meet):
     own = finish.keywords["own"]
     groups = _departures(expert_TK, own, devices, alignment=1, even=False)
     sizes_N, me = groups.sizes_E, jax.lax.axis_index(AXIS)
@@ -300,5 +311,5 @@ def _ragged(x_TD, expert_TK, weight_TK, *, finish, devices, received, live):
     row_M = jnp.arange(groups.token_M.shape[0])
     device_M = jnp.searchsorted(jnp.cumsum(sizes_N), row_M, side="right", method="compare_all")
     letters = _letters(expert_TK, weight_TK, groups, device_M, own)
-    y_RO = finish(there(dispatch(x_TD, groups)), *_read(there(letters), own), live=live)
+    y_RO = finish(meet(there(dispatch(x_TD, groups))), *_read(there(letters), own), live=live)
     return combine(back(y_RO), groups, weighted=True)
