@@ -184,3 +184,20 @@ def test_layers_stay_apart():
         for layer in range(3):
             one = jax.tree.map(lambda a, i=layer: a[i], stacked)
             np.testing.assert_allclose(losses_L[layer], loss(one), rtol=1e-6)
+
+
+def test_quantiles_from_counts():
+    """Histograms of margins add up over parts, and their quantile is `quantile_bias` of the whole."""
+    rng = np.random.default_rng(0)
+    for spread in (1.0, 1e-2):
+        scores_TE = jnp.asarray(spread * rng.random((4000, 8)) * np.linspace(0.2, 1, 8), jnp.float32)
+        mask_T = jnp.asarray(rng.random(4000) > 0.3)
+        bias_E = jnp.asarray(0.1 * spread * rng.normal(size=8), jnp.float32)
+        count = functools.partial(balancing.quantile_margins, bias_E=bias_E, k=2)
+        margins_EQ = sum(count(scores_TE[part], mask_T=mask_T[part]) for part in (slice(0, 999), slice(999, None)))
+        np.testing.assert_array_equal(margins_EQ.sum(1), mask_T.sum())
+        expected_E = balancing.quantile_bias(scores_TE, bias_E, 2, mask_T=mask_T)
+        np.testing.assert_allclose(
+            balancing.quantile_bias_from_margins(margins_EQ, 2), expected_E, rtol=0.02, atol=2e-3 * spread
+        )
+    assert not balancing.quantile_bias_from_margins(jnp.zeros((3, 8, 16), jnp.int32), 2).any()
