@@ -86,8 +86,7 @@ def test_packed_is_separate_and_split_anywhere_is_whole(name):
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "gla"])
 def test_a_row_does_not_depend_on_its_batch(name):
-    """Two runs and a permuted batch: bitwise. A batch of one: bitwise with one gate a token; with one a channel XLA:CPU
-    orders a sum over K by the shape of the whole array, which leaves the last bit open."""
+    """Two runs, a permuted batch and a batch of one: bitwise the same row."""
     x, cotangents = make(2, 4, 70, 2, 4, 32, 32, *MECHANISMS[name])
     whole = as_shipped(x, cotangents, ROWS)
     jax.tree.map(np.testing.assert_array_equal, whole, as_shipped(x, cotangents, ROWS))
@@ -97,7 +96,4 @@ def test_a_row_does_not_depend_on_its_batch(name):
     jax.tree.map(np.testing.assert_array_equal, permuted, pick(whole, order))
     rows = np.array([1])
     alone = as_shipped(pick(x, rows), pick(cotangents, rows), ROWS[rows])
-    if name == "gla":
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), alone, pick(whole, rows))
-    else:
-        jax.tree.map(np.testing.assert_array_equal, alone, pick(whole, rows))
+    jax.tree.map(np.testing.assert_array_equal, alone, pick(whole, rows))
