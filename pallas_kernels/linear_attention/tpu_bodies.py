@@ -44,13 +44,13 @@ def _family(sizes):
     return tpu_channel_gates if sizes.gate == "channel" else tpu_token_gates
 
 
-def _gates(x, sizes, heads, constants, backwards=False):
+def _gates(x, sizes, heads, constants):
     """What ``prepare`` takes for the gates of every head: nothing, sums over spans, or the gates and room to sum them."""
     if sizes.gate == "none":
         return [None] * len(heads)
     if sizes.gate == "token":
         rows = [_row(x["g"], h) for h in heads]
-        return tpu_token_gates.spans(rows, constants, sizes.products, backwards)
+        return tpu_token_gates.spans(rows, constants, sizes.products)
     g = Heads(x["g"], sizes.H, sizes.K)
     return [(g.load_apart(h), x["scratch"].at[i]) for i, h in enumerate(heads)]
 
@@ -145,8 +145,7 @@ def backward_kernel(*refs, sizes: Sizes, given):
             yield
             dM = -products.nt(dw, u)
             dk_in = -products.nt(dw, S)
-            ones = jnp.ones((s.V, s.C), jnp.bfloat16)
-            dbeta = products.sums(du * w, ones)
+            dbeta = jnp.sum(du * w, axis=1, keepdims=True)
             x["dbeta"][0, 0, 0, h : h + 1] = jnp.sum(jnp.where(diagonal, dbeta, 0.0), axis=0, keepdims=True)
         yield
         dP = products.nt(do_h, u)
@@ -169,7 +168,7 @@ def backward_kernel(*refs, sizes: Sizes, given):
     pending = {}
     for first in range(0, s.H, s.together):
         heads = range(first, min(first + s.together, s.H))
-        results = lockstep(map(head, heads, _gates(x, s, heads, constants, backwards=True)))
+        results = lockstep(map(head, heads, _gates(x, s, heads, constants)))
         for h, pair in zip(heads, results, strict=True):
             pending.setdefault(h // r, []).append(pair)
             if len(pending[h // r]) == r:

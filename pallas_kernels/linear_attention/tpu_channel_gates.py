@@ -64,7 +64,7 @@ def prepare(q, k, gates, constants, products, *, delta, backwards=False):
     a, z = jnp.exp2(start), jnp.exp2(end)
     yield
     P = products.nt(q, k)
-    M = jnp.zeros_like(P) if delta else None
+    M: Any = jnp.zeros_like(P) if delta else None
     for level, factor in enumerate(F):
         s = 1 << level
         cols = factor * k
@@ -86,9 +86,8 @@ def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, state, constant
     """Generator: (dq, dk, dg as eight arrays [C/8, K]). ``state`` is (S, dS)."""
     C, K = k.shape
     F, delta = inside.E, dM is not None
-    dP, dM = (None if x is None else jnp.where(constants.lower, x, 0.0) for x in (dP, dM))
-    low = products.dtype
-    both = [x.astype(low) for x in ((dP, dM) if delta else (dP,))]
+    dP = jnp.where(constants.lower, dP, 0.0)
+    both = [x.astype(products.dtype) for x in ([dP, jnp.where(constants.strict, dM, 0.0)] if delta else [dP])]
     turned = [x.T for x in both]
     diagonal = jnp.sum(jnp.where(constants.pair == 0, dP, 0.0), axis=1, keepdims=True)
     dq = inside.a * dq_in + diagonal * k

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.tpu_tiles import LANES, iota, split_row, widen
+from pallas_kernels.linear_attention.tpu_tiles import LANES, column, iota, split_row, widen
 
 LOG2_E = 1.4426950408889634
 # e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
@@ -40,34 +40,27 @@ class Constants(NamedTuple):
     lower_low: Any
     upper_low: Any  # i < j
     after: Any  # [C, C + LANES]: i > j, then ones: what masked gates are multiplied with
-    ones: Any  # [C, LANES]
 
 
 def make_constants(C):
     i, j = iota((C, C), 0), iota((C, C), 1)
     low = lambda mask: mask.astype(jnp.float32).astype(jnp.bfloat16)  # noqa: E731
     ones = jnp.ones((C, LANES), jnp.bfloat16)
-    return Constants(i >= j, i > j, low(i >= j), low(i < j), jnp.concatenate([low(i > j), ones], axis=1), ones)
+    return Constants(i >= j, i > j, low(i >= j), low(i < j), jnp.concatenate([low(i > j), ones], axis=1))
 
 
-def spans(gates, constants, products, backwards=False):
-    """For every head its gates summed, in bits: over (j, i] and [0, i] as [C, C + LANES], and over (j, C) as [C, LANES] if
-    ``backwards``. All heads go through one product, so that its constant is loaded once."""
+def spans(gates, constants, products):
+    """For every head its gates summed, in bits, over (j, i] and, in the last lanes, over [0, i]: [C, C + LANES]. All heads go
+    through one product, so that its constant is loaded once."""
     C = constants.lower.shape[0]
-    stack = [[], [], []], [[], [], []]
+    mask = constants.lower_low.reshape(C // 16, 16, C)
+    stack = [], [], []
     for g in gates:
-        for part, lower, upper in zip(split_row(jnp.maximum(g, ERASE) * LOG2_E), *stack, strict=True):
+        for part, parts in zip(split_row(jnp.maximum(g, ERASE) * LOG2_E), stack, strict=True):
             part = jnp.broadcast_to(part, (16, C)).astype(jnp.bfloat16)
-            masked = lambda mask, part=part: (mask.reshape(C // 16, 16, C) * part[None]).reshape(C, C)  # noqa: E731
-            lower.append(masked(constants.lower_low))
-            if backwards:
-                upper.append(masked(constants.upper_low))
-    sums: Any = sum(products.dot(jnp.concatenate(x, axis=0), constants.after) for x in stack[0])
-    out = [(sums[i * C : (i + 1) * C], None) for i in range(len(gates))]
-    if backwards:
-        rest: Any = sum(products.dot(jnp.concatenate(x, axis=0), constants.ones) for x in stack[1])
-        out = [(x, rest[i * C : (i + 1) * C]) for i, (x, _) in enumerate(out)]
-    return out
+            parts.append((mask * part[None]).reshape(C, C))
+    sums: Any = sum(products.dot(jnp.concatenate(parts, axis=0), constants.after) for parts in stack)
+    return [sums[i * C : (i + 1) * C] for i in range(len(gates))]
 
 
 def prepare(q, k, sums, constants, products, *, delta, backwards=False):
@@ -75,26 +68,25 @@ def prepare(q, k, sums, constants, products, *, delta, backwards=False):
     lower, strict = constants.lower, constants.strict
     C, K = k.shape
     low_k = k.astype(products.dtype)
-    P = products.nt(q, low_k)
-    M: Any = products.nt(low_k, low_k) if delta else None
+    k_T = low_k.T
+    P = products.nn(jnp.concatenate([q.astype(products.dtype), low_k], axis=0) if delta else q, k_T)
+    P, M = (P[:C], P[C:]) if delta else (P, None)
     if sums is None:
         yield
         P = jnp.where(lower, P, 0.0)
         M = jnp.where(strict, M, 0.0) if delta else None
-        k_out = low_k if backwards else low_k.T
+        k_out = low_k if backwards else k_T
         return Inside(P, M, q, k if delta else None, k_out, None, None, None, None)
-    sums, rest = sums
-    yield
     E = jnp.where(lower, jnp.exp2(sums[:, :C]), 0.0)
     a = jnp.exp2(sums[:, C:])
     Z = a[C - 1 :]
     a = widen(a, K)
     if backwards:
-        z = widen(jnp.exp2(rest), K)
+        z = column(E[C - 1 :], K)
         k_out = z * k
     else:
         z = E[C - 1 :]
-        k_out = z * low_k.T
+        k_out = z * k_T
     yield
     P = P * E
     M = jnp.where(strict, M * E, 0.0) if delta else None
@@ -103,7 +95,6 @@ def prepare(q, k, sums, constants, products, *, delta, backwards=False):
 
 def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, state, constants, products):
     """Generator: (dq, dk, dg [1, C] or None) from the cotangents of the chunk's arrays; ``state`` is (S, dS)."""
-    C, K = k.shape
     dPE = jnp.where(constants.lower, dP, 0.0) if inside.E is None else dP * inside.E
     dq = products.nn(dPE, k) + _scale(inside.a, dq_in)
     dk = products.tn(dPE, q) + _scale(inside.z, dk_out)
@@ -124,15 +115,12 @@ def backward(q, k, inside: Inside, dP, dM, dq_in, dk_in, dk_out, state, constant
         c = c + inside.k_in * dk_in
     e = inside.k_out * dk_out
     S, dS = state
-    V = S.shape[1]
-    ones_KC, ones_VC = jnp.ones((K, C), jnp.bfloat16), jnp.ones((V, C), jnp.bfloat16)
-    f = jnp.sum(widen(inside.Z, V) * (S * dS), axis=0, keepdims=True)
-    ending = products.sums(Q, constants.upper_low) + products.sums(c, ones_KC)
+    f = jnp.sum(widen(inside.Z, S.shape[1]) * (S * dS), axis=0, keepdims=True)
+    ending = products.sums(Q, constants.upper_low) + jnp.sum(c, axis=1, keepdims=True)
+    starting = jnp.sum(e, axis=1, keepdims=True)
     yield
-    starting = products.sums(e, ones_KC)
-    whole = products.sums(jnp.broadcast_to(f, (8, V)), ones_VC)[:1]
-    yield
-    return dq, dk, jnp.sum(jnp.where(constants.lower, ending, starting), axis=0, keepdims=True) + whole
+    holding = jnp.sum(jnp.where(constants.lower, ending, starting), axis=0, keepdims=True)
+    return dq, dk, holding + jnp.sum(f, axis=1, keepdims=True)
 
 
 def _scale(factor, x):
