@@ -112,8 +112,10 @@ class HNet(nnx.Module):
 
     def _over_chunks(self, x_BMD, ids_BM, place_BM, state: HNetState | None, context: Context):
         if self.pad_D is not None:
-            pad_BMD = jnp.broadcast_to(read(self.pad_D, x_BMD.dtype), (*x_BMD.shape[:2], self.pad_D[...].shape[0]))
-            x_BMD = jnp.concatenate([x_BMD, pad_BMD], axis=-1)
+            # Added behind zeros: on a mesh one vector and split rows don't concatenate.
+            pad_D = read(self.pad_D, x_BMD.dtype)
+            pad_W = jnp.pad(pad_D, (x_BMD.shape[-1], 0))
+            x_BMD = jnp.pad(x_BMD, [(0, 0), (0, 0), (0, len(pad_D))]) + pad_W
         inner = Context(
             place_BM, ids_BM, None, None if state is None else state.chunks_B, context.key, context.deterministic
         )  # fmt: skip
