@@ -24,7 +24,8 @@ def upcycled_config(
 ) -> ModelConfig:
     """``config`` with the MLPs named made mixtures of experts; see `upcycle`."""
     like = MoEConfig() if like is None else like
-    if not isinstance(like.router, TopKRouter) or not like.router.renormalise or not like.router.gated:
+    router = like.router
+    if not isinstance(router, TopKRouter) or not router.renormalise or not router.gated:
         raise ValueError(
             "like.router must be a TopKRouter whose weights are renormalised, so that copies add up to one"
         )
@@ -52,7 +53,7 @@ def upcycled_config(
             biases=False,
             router_hidden=0,
             # A token's weights add up to one over `granularity` parts of each copy, whose sum is that copy.
-            router=dataclasses.replace(like.router, scale=like.router.scale * granularity),
+            router=dataclasses.replace(router, scale=router.scale * granularity),
         )
 
     branches = tuple(

@@ -118,7 +118,7 @@ def update_router_biases(model: LanguageModel, aux) -> None:
     for layer, statistics in _expert_layers(model, aux):
         if rate := layer.config.bias_rate:
             layer.bias_E.set_value(balancing.update_bias(layer.bias_E[...], statistics.counts_E, rate))
-        elif layer.config.quantile_bias:
+        elif layer.config.quantile_bias and statistics.margins_EQ is not None:
             bias_LE = balancing.quantile_bias_from_margins(statistics.margins_EQ, layer.config.per_token)
             layer.bias_E.set_value(bias_LE.astype(layer.bias_E[...].dtype))
 

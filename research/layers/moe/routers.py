@@ -116,17 +116,16 @@ class NoisyTopKRouter:
         return drawing
 
     def route(self, inputs: RouterInputs, constants: RouterConstants) -> Routed:
-        noise = {"sigma": self.sigma} if self.sigma else {"noise_logits_TE": inputs.noise_logits_TE}
-        return Routed(
-            *routing.noisy_top_k(
-                inputs.logits_TE,
-                constants.per_token,
-                inputs.key,
-                mask_T=inputs.mask_T,
-                weight_on=self.weight_on,
-                **noise,
-            )
+        assignment, smooth_load_TE = routing.noisy_top_k(
+            inputs.logits_TE,
+            constants.per_token,
+            inputs.key,
+            noise_logits_TE=None if self.sigma else inputs.noise_logits_TE,
+            sigma=self.sigma or None,
+            mask_T=inputs.mask_T,
+            weight_on=self.weight_on,
         )
+        return Routed(assignment, smooth_load_TE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +182,7 @@ class HashRouter:
         return False
 
     def route(self, inputs: RouterInputs, constants: RouterConstants) -> Routed:
-        if inputs.token_ids_T is None:
+        if inputs.token_ids_T is None or constants.table_VK is None:
             raise ValueError("context.token_ids_BT is None, a HashRouter needs the tokens themselves")
         experts = inputs.logits_TE.shape[1]
         return Routed(routing.by_token_id(inputs.token_ids_T, constants.table_VK, experts, mask_T=inputs.mask_T))
