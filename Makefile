@@ -26,7 +26,7 @@ demo: $(VENV)/base.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: $(VENV)/test.stamp
+test-slow: $(VENV)/test.stamp $(VENV)/aot.stamp
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/test.stamp
@@ -47,6 +47,12 @@ $(VENV)/base.stamp: $(DEPENDS)
 $(VENV)/test.stamp: $(DEPENDS)
 	@.ci/environment $(VENV) ".[test]"
 	@touch $(VENV)/base.stamp $@
+
+# libtpu compiles for TPUs that are not there. Beside the environment: installed in it, JAX would look for a TPU at every start.
+$(VENV)/aot.stamp: $(VENV)/test.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		--target $(VENV)/aot libtpu || echo "No libtpu for this machine: tests that compile for TPUs are skipped."
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -69,8 +69,9 @@ def prepare(q, k, sums, constants, products, *, delta, backwards=False):
     C, K = k.shape
     low_k = k.astype(products.dtype)
     k_T = low_k.T
-    P = products.nn(jnp.concatenate([q.astype(products.dtype), low_k], axis=0) if delta else q, k_T)
-    P, M = (P[:C], P[C:]) if delta else (P, None)
+    both = products.nn(jnp.concatenate([q.astype(products.dtype), low_k], axis=0) if delta else q, k_T)
+    P = both[:C]
+    M: Any = both[C:] if delta else None
     if sums is None:
         yield
         P = jnp.where(lower, P, 0.0)
