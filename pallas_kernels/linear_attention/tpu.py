@@ -28,6 +28,8 @@ def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | 
         return f"it keeps a float32 state, and these inputs want {state_BHKV.dtype}"
     if v_BTHV.dtype not in (jnp.float32, jnp.bfloat16) or q_BTGK.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, got {q_BTGK.dtype} queries and {v_BTHV.dtype} values"
+    if g is not None and g.ndim == 4 and g.shape[3] > LANES:
+        return f"its gates a channel end at K = {LANES}, got K = {g.shape[3]}"
     chunks = -(-v_BTHV.shape[1] // interval)
     if chunks > 1 and not _SMALLEST_CHUNK <= interval <= _LARGEST_CHUNK:
         return f"its chunks are {_SMALLEST_CHUNK} to {_LARGEST_CHUNK} tokens, got chunk_size={interval}"

@@ -52,7 +52,7 @@ def _gates(x, sizes, heads, constants):
         rows = [_row(x["g"], h) for h in heads]
         return tpu_token_gates.spans(rows, constants, sizes.products)
     g = Heads(x["g"], sizes.H, sizes.K)
-    return [(g.load_apart(h), x["scratch"].at[i]) for i, h in enumerate(heads)]
+    return [(g.load_apart(h, x["scratch"].at[i].at[0]), x["scratch"].at[i]) for i, h in enumerate(heads)]
 
 
 def forward_kernel(*refs, sizes: Sizes, given):
@@ -155,7 +155,7 @@ def backward_kernel(*refs, sizes: Sizes, given):
         cotangents = (dP, dM, dq_in, dk_in, dk_out, (S, dS), constants, products)
         if s.gate == "channel":
             dq_h, dk_h, dg = yield from tpu_channel_gates.backward(q_h, k_h, inside, *cotangents, gates[1])
-            Heads(x["dg"], s.H, s.K).store_apart(h, dg)
+            Heads(x["dg"], s.H, s.K).store_apart(h, dg, gates[1].at[0])
         else:
             dq_h, dk_h, dg = yield from tpu_token_gates.backward(q_h, k_h, inside, *cotangents)
             if dg is not None:

@@ -134,21 +134,25 @@ class Heads:
         word = word & jnp.uint32(0xFFFF0000) if h % 2 else word << 16
         return jax.lax.bitcast_convert_type(word, jnp.float32)
 
-    def _apart(self, h, c):
-        """Tokens c, 8 + c, 16 + c, … of head ``h``."""
+    def _apart(self, h, c, scratch):
+        """Tokens c, 8 + c, 16 + c, … of head ``h``. A stride wants rows of 128 lanes: heads side by side go through scratch."""
         count = self.ref.shape[1] // 8
         if self.direct:
             return self.rows, (pl.ds(c * self.n + h, count, stride=8 * self.n), slice(None))
-        return self.ref.at[0], (pl.ds(c, count, stride=8), slice(h * self.width, (h + 1) * self.width))
+        return scratch, (pl.ds(c, count, stride=8), slice(None))
 
-    def load_apart(self, h):
+    def load_apart(self, h, scratch):
         """Head ``h`` (float32) as eight arrays [C/8, K]: every eighth token, from the first on, from the second on, ..."""
-        return [ref[at] for ref, at in (self._apart(h, c) for c in range(8))]
+        if not self.direct:
+            scratch[...] = self.ref[0, :, h * self.width : (h + 1) * self.width]
+        return [ref[at] for ref, at in (self._apart(h, c, scratch) for c in range(8))]
 
-    def store_apart(self, h, values):
+    def store_apart(self, h, values, scratch):
         for c, value in enumerate(values):
-            ref, at = self._apart(h, c)
+            ref, at = self._apart(h, c, scratch)
             ref[at] = value
+        if not self.direct:
+            self.ref[0, :, h * self.width : (h + 1) * self.width] = scratch[...]
 
     def store(self, h, value):
         """Head ``h``; with packed words, when its neighbour has come too."""
