@@ -132,7 +132,7 @@ class _Call:
 
     def _heads(self, x_BTH, total, n, width, dtype, block):
         shape = (self.B, self.N * self.C, total, width)
-        if n % 8 == 0:
+        if n % 8 == 0 and width == LANES:  # Mosaic strides over 128 lanes only
             spec = pl.BlockSpec((1, self.C, n, width), lambda b, hb, c: (b, self.chunk(c), block(hb), 0))
         else:
             shape = (*shape[:2], total * width)
