@@ -130,8 +130,8 @@ def list_presets() -> str:
 def describe_config(name: str, config) -> str:
     """The preset's docstring, and its fields with types and values."""
     docstring = (find_module("configs", name, "configuration").__doc__ or "").strip()
-    rows = [(f"  {path}", kind, json.dumps(value)) for path, kind, value in fields_of(config)]
-    return f"{docstring}\n\nFields, to be set with field=value:\n{table([('  field', 'type', 'value'), *rows])}"
+    rows = [(f"  {path}", json.dumps(value), kind) for path, kind, value in fields_of(config)]
+    return f"{docstring}\n\nFields, to be set with field=value:\n{table([('  field', 'value', 'type'), *rows])}"
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

@@ -88,7 +88,7 @@ def report(options: argparse.Namespace, workdir: Path, step: int, result: dict[s
                 ("  score text", f"python -m experiments.evaluate {shown}"),
                 ("  train on", f"python -m experiments.train {train_on} --workdir {shown}"),
                 ("  watch", f"tensorboard --logdir {shown}/tensorboard    (pip install tensorboard)"),
-                ("  look inside", "jupyter lab notebooks/quickstart.ipynb"),
+                ("  look inside", f"make notebook RUN={shown}"),
             ]
         ),
     ]

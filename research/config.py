@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -187,6 +188,8 @@ def _scalar(hint, value, where: str):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, got {value!r}")
     if hint is type(None) and value is None:
         return None
     if hint in (bool, int, float, str):
@@ -233,7 +236,8 @@ def _require_field(cls: type, name: str, where: str) -> None:
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {close[0]}?" if close else f": its fields are {', '.join(names)}"
+        listed = f": its fields are {', '.join(names)}" if names else ", which has none"
+        hint = f"; did you mean {close[0]}?" if close else listed
         raise ConfigError(f"{where + '.' if where else ''}{name} is not a field of {cls.__name__}{hint}")
 
 

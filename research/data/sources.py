@@ -120,7 +120,10 @@ class JsonLines:
                 raise ConfigError(f"{path}, line {number}, must be one JSON object: {error}") from error
             text = record.get(self.field) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                held = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+                if isinstance(record, dict) and self.field in record:
+                    held = f"{type(text).__name__} {text!r}"
+                else:
+                    held = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
                 raise ConfigError(
                     f"{path}, line {number}, must hold a string in data.source.field = {self.field!r}, got {held}"
                 )

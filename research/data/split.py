@@ -51,7 +51,7 @@ def split(names: Sequence[str], size: Callable[[int], int], held_out_bytes: int)
         )
     if len(chosen) == len(names):
         raise ConfigError(
-            f"data.held_out_bytes is {held_out_bytes:,}, and all {len(names)} documents ({total:,} bytes) fit in it: "
-            f"it must leave something to train on"
+            f"data.held_out_bytes is {held_out_bytes:,}, and the whole data ({total:,} bytes in {len(names)} "
+            f"document{'s' * (len(names) > 1)}) fits in it: lower it, or set it to 0 for no held-out set"
         )
     return [i for i in range(len(names)) if i not in chosen], sorted(chosen)

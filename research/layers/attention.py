@@ -13,6 +13,7 @@ from research.layers.context import Context
 from research.layers.norms import RMSNorm, RMSNormConfig
 from research.layers.parameters import constant, normal, project, read
 from research.ops.attention import attention
+from research.ops.attention.dispatch import check_implementation
 from research.ops.norms import rms_norm
 from research.ops.rope import RopeLayout, RopeScaling, rope
 from research.sharding.mesh import P, per_shard
@@ -63,6 +64,7 @@ class AttentionConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_implementation(self.implementation)
         if self.key_heads < 1 or self.heads % self.key_heads:
             raise ValueError(f"heads must be a multiple of key_heads, got {self.heads} over {self.key_heads}")
         if not 0 <= self.rotary_fraction <= 1 or self.rotary_dim % 2:

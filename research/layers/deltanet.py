@@ -13,6 +13,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     convolve,
     empty_state,
     heads,
@@ -44,6 +45,7 @@ class DeltaNetConfig:
 
     def __post_init__(self):
         at_least_one(self, "heads", "key_width", "value_width", "taps")
+        check_form(self)
 
     def flops(self, width: int, context: float) -> float:
         # Read for the error, write, read.

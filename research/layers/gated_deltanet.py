@@ -18,6 +18,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     convolve,
     empty_state,
     heads,
@@ -52,6 +53,7 @@ class GatedDeltaNetConfig:
 
     def __post_init__(self):
         at_least_one(self, "key_width", "value_width", "taps")
+        check_form(self)
         if self.key_heads < 1 or self.heads < 1 or self.heads % self.key_heads:
             raise ValueError(f"heads must be a multiple of key_heads, got {self.heads} over {self.key_heads}")
 

@@ -13,6 +13,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     empty_state,
     heads,
     next_state,
@@ -42,6 +43,7 @@ class GLAConfig:
 
     def __post_init__(self):
         at_least_one(self, "heads", "key_width", "value_width", "rank")
+        check_form(self)
         if self.normaliser <= 0:
             raise ValueError(f"normaliser must be positive, got {self.normaliser}")
 

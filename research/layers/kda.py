@@ -13,6 +13,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     convolve,
     empty_state,
     heads,
@@ -47,6 +48,7 @@ class KDAConfig:
 
     def __post_init__(self):
         at_least_one(self, "heads", "key_width", "value_width", "taps", "low_rank")
+        check_form(self)
 
     @property
     def low_rank(self) -> int:

@@ -13,6 +13,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     empty_state,
     heads,
     next_state,
@@ -38,6 +39,7 @@ class LightningConfig(Placed):
 
     def __post_init__(self):
         at_least_one(self, "heads", "head_width")
+        check_form(self)
 
     def flops(self, width: int, context: float) -> float:
         inner = self.heads * self.head_width

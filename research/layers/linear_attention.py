@@ -12,6 +12,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     empty_state,
     heads,
     next_state,
@@ -50,6 +51,7 @@ class LinearAttentionConfig:
 
     def __post_init__(self):
         at_least_one(self, "key_width", "value_width")
+        check_form(self)
         if self.key_heads < 1 or self.heads < 1 or self.heads % self.key_heads:
             raise ValueError(f"heads must be a multiple of key_heads, got {self.heads} over {self.key_heads}")
         if self.normalise and self.feature_map == "identity":

@@ -17,7 +17,7 @@ from research.layers.recurrence import (
     sequence_or_step,
     without_padding,
 )
-from research.ops.selective_scan import selective_scan, selective_scan_step
+from research.ops.selective_scan import check_form, selective_scan, selective_scan_step
 from research.sharding.mesh import P
 
 
@@ -40,6 +40,10 @@ class MambaConfig:
 
     def __post_init__(self):
         at_least_one(self, "channels", "state_width", "dt_rank", "taps")
+        try:
+            check_form(self.implementation, self.chunk_size)
+        except NotImplementedError as error:
+            raise ValueError(str(error)) from error
 
     def flops(self, width: int, context: float) -> float:
         N, K, R = self.channels, self.state_width, self.dt_rank

@@ -12,6 +12,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     convolve,
     empty_state,
     heads,
@@ -49,6 +50,7 @@ class Mamba2Config:
 
     def __post_init__(self):
         at_least_one(self, "heads", "head_width", "groups", "state_width", "taps", "groups_of_norm")
+        check_form(self)
         if self.heads % self.groups:
             raise ValueError(f"heads must be a multiple of groups, got {self.heads} over {self.groups}")
         if self.inner % self.groups_of_norm:

@@ -12,6 +12,7 @@ from research.layers.context import Context
 from research.layers.norms import RMSNormConfig
 from research.layers.parameters import normal, project, read
 from research.ops.attention import attention
+from research.ops.attention.dispatch import check_implementation
 from research.ops.rope import RopeLayout, RopeScaling, YarnScaling, rope
 from research.sharding.mesh import P, per_shard
 
@@ -47,6 +48,7 @@ class MLAConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_implementation(self.implementation)
         for name in ("heads", "nope_width", "value_width", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

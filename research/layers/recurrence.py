@@ -11,6 +11,7 @@ from research.layers.context import Context
 from research.layers.parameters import read
 from research.ops.causal_conv import causal_conv
 from research.ops.linear_attention import linear_attention, linear_attention_step
+from research.ops.linear_attention.dispatch import check_implementation
 from research.ops.linear_attention.segments import select
 from research.sharding.mesh import per_shard
 
@@ -28,6 +29,14 @@ def at_least_one(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def check_form(config) -> None:
+    """Raises ValueError for an ``implementation`` or ``chunk_size`` that ``linear_attention`` would refuse."""
+    try:
+        check_implementation(config.implementation, config.chunk_size)
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from error
 
 
 def without_padding(x_BTD, context: Context):

@@ -11,6 +11,7 @@ from research.layers.recurrence import (
     RecurrentState,
     at_least_one,
     attend,
+    check_form,
     empty_state,
     heads,
     next_state,
@@ -41,6 +42,7 @@ class RetNetConfig:
 
     def __post_init__(self):
         at_least_one(self, "heads", "key_width", "value_width")
+        check_form(self)
         if self.key_width % 2:
             raise ValueError(f"key_width must be even to turn with the position, got {self.key_width}")
 

@@ -71,7 +71,7 @@ def selective_scan(
       NotImplementedError: a chunk size that the implementation cannot honour.
     """
     check_arguments(x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, initial_state, segment_ids)
-    _check_implementation(implementation, chunk_size)
+    check_form(implementation, chunk_size)
     run = functools.partial(_local, dt_softplus, implementation, chunk_size, axis_name)
     arrays = (x_BTD, dt_BTD, A_DK, B_BTK, C_BTK, skip_D, dt_bias_D, initial_state, segment_ids)
     split = spec_of(x_BTD)
@@ -251,7 +251,8 @@ def _blocked(a_C, b_C, h):
     return (state_ns + decay_ns * jnp.stack(entering)[:, None]).reshape(a_C.shape)
 
 
-def _check_implementation(implementation, chunk_size) -> None:
+def check_form(implementation, chunk_size) -> None:
+    """Refuse an unknown implementation, and chunks it cannot have."""
     if implementation not in (None, "recurrent", "chunked"):
         raise ValueError(f"implementation must be None, 'recurrent' or 'chunked'; got {implementation!r}")
     if chunk_size is None:

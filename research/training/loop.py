@@ -18,11 +18,11 @@ from research.data.baselines import measure_baselines
 from research.data.pipeline import Corpus, build_loader, open_corpus
 from research.data.tokenization import tokenizer_from_json
 from research.sharding.mesh import batch_sharding, check_batch, make_mesh
-from research.training.checkpoints import Checkpoints, read_about, read_tokenizer
+from research.training.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, checkpoint_paths, read_about, read_tokenizer
 from research.training.config import ExperimentConfig
 from research.training.evaluation import HeldOut, byte_lengths, evaluate
 from research.training.interrupts import Interrupts
-from research.training.metrics import Recorder, count, duration, round_to, say_now
+from research.training.metrics import Recorder, count, duration, read_lines, round_to, run_files, say_now
 from research.training.optimizers import make_optimizer, schedule
 from research.training.runs import CACHE_FOLDER, check_changes, claim, placed, read_config, write_config
 from research.training.state import TrainState, create_state
@@ -259,10 +259,11 @@ class _Run:
 
 def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> _Run:
     """Everything checked and loaded; the work directory is written to only once nothing more can be refused."""
-    began_with = read_config(path)
-    if began_with is not None:
-        check_changes(path, began_with, to_dict(config))
     checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints, say=say)
+    began_with = read_config(path)
+    # A start that never came to a step leaves its configuration behind, and nothing that could be lost.
+    if began_with is not None and (checkpoint_paths(path / CHECKPOINTS_FOLDER) or any(read_lines(run_files(path)[0]))):
+        check_changes(path, began_with, to_dict(config))
     newest = checkpoints.newest()
     about = {} if newest is None else read_about(newest)
     changed = check_changes(path, about["config"], to_dict(config)) if about else []

@@ -48,7 +48,7 @@ def test_split_passes_over_documents_that_would_be_the_set():
     assert 0 not in split([f"d{i}" for i in range(51)], sizes.__getitem__, 100)[1]
 
 
-@pytest.mark.parametrize(("held_out_bytes", "words"), [(10, "quarter"), (10_000, "leave something to train on")])
+@pytest.mark.parametrize(("held_out_bytes", "words"), [(10, "quarter"), (10_000, "lower it, or set it to 0")])
 def test_split_that_cannot_be_made(held_out_bytes, words):
     with pytest.raises(configs.ConfigError, match=words):
         split(["a", "b"], lambda i: 100, held_out_bytes)
@@ -102,7 +102,12 @@ def test_json_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{oops", "line 2, must be one JSON object"), ('{"body": "x"}', "got fields body"), ("[1]", "got list")],
+    [
+        ("{oops", "line 2, must be one JSON object"),
+        ('{"body": "x"}', "got fields body"),
+        ('{"text": 3}', "got int 3"),
+        ("[1]", "got list"),
+    ],
 )
 def test_json_lines_that_are_not(tmp_path, line, words):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")

@@ -37,9 +37,9 @@ def test_help_of_a_configuration_lists_fields_with_types_and_values(capsys):
     code, out, _ = _run(capsys, train.main, "tiny", "--help", "train.steps=7")
     assert code == 0 and "python -m experiments.train tiny" in out
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ") and line.split()}
-    assert lines["train.steps"] == ["int", "7"]
-    assert lines["optimizer.clip_norm"] == ["float", "or", "none", "1.0"]
-    assert lines["model.branches.experts.mixer.per_token"] == ["int", "2"]
+    assert lines["train.steps"] == ["7", "int"]
+    assert lines["optimizer.clip_norm"] == ["1.0", "float", "or", "none"]
+    assert lines["model.branches.experts.mixer.per_token"] == ["2", "int"]
 
 
 def _bad(words, says):
@@ -51,6 +51,11 @@ def _bad(words, says):
     [
         _bad([], "which configuration? There are"),
         _bad(["tinny"], "there is no configuration 'tinny': did you mean tiny?"),
+        _bad(["tiny", "optimizer.learning_rate=NaN"], "optimizer.learning_rate must be"),
+        _bad(["tiny", "model.branches.deltanet.mixer.implementation=fast"], "implementation must be None or one of"),
+        _bad(["tiny", "model.branches.attention.mixer.implementation=fast"], "implementation must be None or one of"),
+        _bad(["tiny", "model.branches.deltanet.mixer.chunk_size=3"], "chunk_size must be a power of two, got 3"),
+        _bad(["tiny", "data.source.paths=x"], "paths is not a field of PythonStandardLibrary, which has none"),
         _bad(["tiny", "train.stepz=3"], "train.stepz is not a field of TrainConfig; did you mean steps?"),
         _bad(["tiny", "train.steps=many"], "train.steps must be int, got 'many'"),
         _bad(["tiny", "train.steps=0"], "steps must be at least 1, got 0"),
@@ -80,6 +85,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, words, says
 
 def test_another_model_in_the_work_directory_is_refused(capsys, tmp_path):
     write_config(tmp_path, override(CONFIG, "model.width=16"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     code, _, err = _run(capsys, train.main, "tiny", "--workdir", str(tmp_path))
     assert code == 2 and "holds another model (model.width was 16, now 32)" in err

@@ -197,5 +197,10 @@ def _check(H, G, window, chunk, softcap, implementation, block_size) -> None:
             raise ValueError(f"{name} must be None or at least 1, got {value}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be None or more than 0, got {softcap}")
+    check_implementation(implementation)
+
+
+def check_implementation(implementation) -> None:
+    """Raises ValueError for an unknown name."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")

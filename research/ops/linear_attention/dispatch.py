@@ -102,7 +102,7 @@ def linear_attention_step(
     Args:
       q_BGK, k_BGK, v_BHV: the token. state_BHKV: the state before it.
       log_decay: None, [H], [B, H] or [B, H, K]. beta: None or [B, H]. scale: multiplies the output.
-      implementation: None or 'recurrent', or a 'pallas_*' name.
+      implementation: None or 'recurrent'.
 
     Returns:
       o_BHV in v's dtype and the new state in promote_types(input, float32).
