@@ -7,6 +7,7 @@ segment, over the tail), and padding is skipped as if it were not there.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def _shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     T, W = x_BTD.shape[1], w_WD.shape[0]
     row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
     ids_BS = _row_ids(segment_ids_BT, W)
-    y_BTD = 0.0
+    y_BTD: Any = 0.0
     for w in range(W):
         y_BTD = y_BTD + _where_same(ids_BS, w, T, _tap(row_BSD[:, w : w + T], w_WD[w]))
     return y_BTD if bias_D is None else y_BTD + bias_D.astype(y_BTD.dtype)
@@ -146,7 +147,8 @@ def _shifting_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy
     # Output t reads row entry t + w with tap w, so entry s is read by output s − w.
     later_BSD = jnp.pad(d_BTD, [(0, 0), (W - 1, W - 1), (0, 0)])
     later_ids_BS = None if ids_BS is None else jnp.pad(segment_ids_BT, [(0, 0), (W - 1, W - 1)])
-    drow_BSD, dw = 0.0, []
+    dw: list[Array] = []
+    drow_BSD: Any = 0.0
     for w in range(W):
         back = W - 1 - w
         read_BSD = _tap(later_BSD[:, back : back + T + W - 1], w_WD[w])
@@ -185,7 +187,7 @@ def _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     # first[t]: rank of the first token of t's segment, or −(W−1) where the tail belongs to it.
     first_BT = jax.lax.cummax(jnp.where(reset_BT, rank_BT, 1 - W), axis=1)
     row_BSD = jnp.concatenate([tail, dense_BTD], axis=1)
-    y_BTD = 0.0
+    y_BTD: Any = 0.0
     for w in range(W):
         source_BT = rank_BT - (W - 1 - w)
         seen_BT = real_BT & (source_BT >= first_BT)
@@ -197,8 +199,8 @@ def _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
 
 
 def _gathering_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy_BTD):
-    def form(*floats):
-        return _gathering(activation, *floats, segment_ids_BT)
+    def form(x_BTD, w_WD, bias_D, tail):
+        return _gathering(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT)
 
     return jax.vjp(form, x_BTD, w_WD, bias_D, tail)[1](dy_BTD)
 

@@ -1,6 +1,7 @@
 """The experts of one device, and how tokens reach them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def run_experts(
     function, form = config.activation.function(), config.dispatch.form
     gates = config.activation.matrices
 
-    def hidden_last(name):
+    def hidden_last(name) -> Any:
         value = weights.get(name)
         return None if value is None else value.reshape(*value.shape[:-2], gates * value.shape[-1])
 
