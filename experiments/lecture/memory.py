@@ -57,7 +57,7 @@ class Task:
 
 TASKS = {
     "recall": Task(
-        functools.partial(synthetic.associative_recall, length=40, pairs=4, overwrites=8, keys=8, values=8),
+        functools.partial(synthetic.associative_recall, length=32, pairs=4, overwrites=4, keys=8, values=8),
         17,
         ("linear attention", "mamba2", "deltanet", "gated deltanet"),
     ),
