@@ -29,7 +29,7 @@ HYBRID = dataclasses.replace(
 @pytest.mark.parametrize(
     "mtp",
     [
-        MTPConfig(("full",), depth=1),
+        pytest.param(MTPConfig(("full",), depth=1), marks=pytest.mark.slow),
         pytest.param(MTPConfig(("linear", "mlp"), depth=3), marks=pytest.mark.slow),
         pytest.param(MTPConfig(("full",), depth=2, shared=True), marks=pytest.mark.slow),
     ],

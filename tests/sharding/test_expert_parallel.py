@@ -135,6 +135,7 @@ def test_what_looks_at_the_whole_batch_sees_it_on_a_mesh():
     compare(GLOBAL, MESHES["fsdp 2 x2, tensor 2"])
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_the_mesh():
     _, (_, statistics, _) = compare(NOISY, MESHES["2x4"])[0]
     assert statistics.dropped > 0

@@ -29,7 +29,7 @@ def test_everything_trains_where_nothing_is_said():
     assert moved == every
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_only_what_is_trainable_moves(name):
     _, every, everything = stepped(name=name)
     moved, _, size = stepped(name=name, trainable=("stages.0.branches.2.*",))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from research.layers.moe import Capacity, MoEConfig, ReinforceRouter, TopKRouter
 from research.models.config import ModelConfig, Residual
@@ -26,6 +27,7 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.mark.slow
 def test_policies_are_rewarded_and_biases_set_over_micro_batches():
     tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, 11)
     batch = {
