@@ -1,6 +1,5 @@
 """What XLA makes of the exchange for a TPU, compiled ahead of time: tokens travel while experts compute."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from experiments.benchmarks.tpu_cycles import has_libtpu, libtpu_folder
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -37,9 +38,7 @@ FLAGS = {"xla_tpu_enable_async_all_to_all": "true", "xla_tpu_enable_async_ragged
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: the extra 'aot'"
-    ),
+    pytest.mark.skipif(not has_libtpu(), reason="needs libtpu, the TPU compiler: make test-slow fetches it"),
 ]
 
 
@@ -47,6 +46,7 @@ def schedule(method: str) -> list[tuple[str, str, set[str]]]:
     """(name, kind, operands) of the entry computation's instructions, in the order they run."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, [libtpu_folder(), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, method, json.dumps(FLAGS)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
