@@ -67,6 +67,10 @@ def _local(activation, x_BTD, w_WD, bias_D, tail, segment_ids):
     x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))
     if segment_ids is not None:
         x_BTD = jnp.where((segment_ids > 0)[..., None], x_BTD, 0)
+    if (
+        w_WD.shape[0] == 1
+    ):  # one tap looks back at nothing, and XLA:CPU dies of the sum over devices of an empty gradient
+        return _convolve(activation, x_BTD, w_WD, bias_D, None, segment_ids), tail
     y_BTD = _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids)
     return y_BTD, _next_tail(x_BTD, tail, segment_ids)
 
@@ -89,9 +93,10 @@ def _next_tail(x_BTD, tail, segment_ids_BT):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
-    """The outputs, for x that is zero in padded places. Only the inputs are kept for the backward pass."""
+    """The outputs, for x that is zero in padded places; no tail with one tap. Only the inputs are kept for the backward
+    pass."""
     arrays = (x_BTD, w_WD, bias_D, tail, segment_ids_BT)
-    return _choose(segment_ids_BT, lambda form: form[0](activation, *arrays))
+    return _choose(arrays, lambda form: form[0](activation, *arrays))
 
 
 def _convolve_forward(activation, *arrays):
@@ -101,17 +106,18 @@ def _convolve_forward(activation, *arrays):
 def _convolve_backward(activation, arrays, dy_BTD):
     segment_ids_BT = arrays[-1]
     ids_gradient = None if segment_ids_BT is None else np.zeros(segment_ids_BT.shape, jax.dtypes.float0)
-    return *_choose(segment_ids_BT, lambda form: form[1](activation, *arrays, dy_BTD)), ids_gradient
+    return *_choose(arrays, lambda form: form[1](activation, *arrays, dy_BTD)), ids_gradient
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _choose(segment_ids_BT, run):
-    """``run`` the gathering form only where padding precedes a real token: shifts are several times faster, forwards
-    and backwards, and serve packed and right-padded rows."""
+def _choose(arrays, run):
+    """``run`` the gathering form only where padding precedes a real token that looks back: shifts are several times
+    faster, forwards and backwards, and serve packed and right-padded rows."""
+    _, w_WD, _, _, segment_ids_BT = arrays
     shifting = (_shifting, _shifting_backward)
-    if segment_ids_BT is None:
+    if segment_ids_BT is None or w_WD.shape[0] == 1:
         return run(shifting)
     real_BT = segment_ids_BT > 0
     scattered = jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
@@ -126,7 +132,7 @@ def _shifting(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
 
 def _shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT):
     T, W = x_BTD.shape[1], w_WD.shape[0]
-    row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
+    row_BSD = _row(tail, x_BTD)
     ids_BS = _row_ids(segment_ids_BT, W)
     y_BTD: Any = 0.0
     for w in range(W):
@@ -138,7 +144,7 @@ def _shifting_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy
     """Written out: what autodiff makes of the shifts takes three times as long."""
     T, W = x_BTD.shape[1], w_WD.shape[0]
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    row_BSD = jnp.concatenate([tail, x_BTD], axis=1).astype(wide)
+    row_BSD = _row(tail, x_BTD).astype(wide)
     ids_BS = _row_ids(segment_ids_BT, W)
     pre_BTD = _shifted_sum(x_BTD, w_WD, bias_D, tail, segment_ids_BT)
     (d_BTD,) = jax.vjp(_ACTIVATIONS[activation], pre_BTD)[1](dy_BTD.astype(pre_BTD.dtype))
@@ -159,7 +165,12 @@ def _shifting_backward(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT, dy
         dw.append(jnp.sum(_where_same(ids_BS, w, T, row_BSD[:, w : w + T]) * d_BTD, axis=(0, 1)))
     drow_BSD = drow_BSD.astype(x_BTD.dtype)
     dbias = None if bias_D is None else jnp.sum(d_BTD, axis=(0, 1)).astype(bias_D.dtype)
-    return drow_BSD[:, W - 1 :], jnp.stack(dw).astype(w_WD.dtype), dbias, drow_BSD[:, : W - 1]
+    dtail = None if tail is None else drow_BSD[:, : W - 1]
+    return drow_BSD[:, W - 1 :], jnp.stack(dw).astype(w_WD.dtype), dbias, dtail
+
+
+def _row(tail, x_BTD):
+    return x_BTD if tail is None else jnp.concatenate([tail, x_BTD], axis=1)
 
 
 def _row_ids(segment_ids_BT, W):

@@ -13,10 +13,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_on_a_mesh(name):
-    if name == "deltanet":
-        pytest.skip(
-            "XLA:CPU (jax 0.11.2) dies of a segmentation fault while it compiles this one on a mesh: to be found"
-        )
     ids_BT = np.concatenate([PACKED, PACKED])
     x_BTD = np.concatenate([inputs(PACKED), inputs(PACKED)])
     want = train(mixer_of(name), x_BTD, ids_BT)

@@ -133,6 +133,21 @@ def test_bfloat16_accumulates_in_float32():
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=4e-3, atol=1e-6)
 
 
+def test_one_tap_on_a_mesh():
+    """Its tail is empty, and XLA:CPU (jax 0.11.2) dies while it compiles the sum over devices of an empty gradient."""
+    x = make(1)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+
+    def loss(x_BTD, w_WD):
+        return jnp.sum(jnp.sin(causal_conv(x_BTD, w_WD, segment_ids=ROWS)[0]))
+
+    want = jax.grad(loss, argnums=(0, 1))(x["x"], x["w"])
+    with jax.set_mesh(mesh):
+        rows_BTD = jax.device_put(x["x"], jax.NamedSharding(mesh, jax.P("data")))
+        got = jax.jit(jax.grad(loss, argnums=(0, 1)))(rows_BTD, x["w"])
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), got, want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
