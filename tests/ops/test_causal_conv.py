@@ -139,9 +139,9 @@ def test_one_tap_on_a_mesh():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
 
     def loss(x_BTD, w_WD):
-        return jnp.sum(jnp.sin(causal_conv(x_BTD, w_WD, segment_ids=ROWS)[0]))
+        return jnp.sum(jnp.sin(causal_conv(x_BTD, w_WD, segment_ids=jnp.asarray(ROWS))[0]))
 
-    want = jax.grad(loss, argnums=(0, 1))(x["x"], x["w"])
+    want = jax.jit(jax.grad(loss, argnums=(0, 1)))(x["x"], x["w"])
     with jax.set_mesh(mesh):
         rows_BTD = jax.device_put(x["x"], jax.NamedSharding(mesh, jax.P("data")))
         got = jax.jit(jax.grad(loss, argnums=(0, 1)))(rows_BTD, x["w"])
