@@ -32,6 +32,14 @@ class Context:
     selected_BTN: Int[Array, "B T N"] | None = None
 
 
+class Nested(NamedTuple):
+    """What a mixer that is a model of its own returns as its auxiliary: its own, and those of its layers (by stage, stacked
+    over repeats)."""
+
+    own: Any
+    stages: tuple[Any, ...]
+
+
 class HandedOn(NamedTuple):
     """What a layer that hands its selection on returns as its auxiliary: the auxiliary itself, and the selection, which
     rides in the scan's carry beside x to ``Context.selected_BTN`` of later layers."""

@@ -19,9 +19,10 @@ from research.layers.mamba import MambaConfig
 from research.layers.mamba2 import Mamba2Config
 from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
-from research.layers.moe import MoEConfig
+from research.layers.moe import MoEConfig, ReinforceRouter
 from research.layers.norms import RMSNormConfig
 from research.layers.retnet import RetNetConfig
+from research.ops.dynamic_chunking import ChunkStatistics, ratio_loss
 
 # Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
 TokenMixer = (
@@ -58,6 +59,11 @@ class HNetConfig:
             raise ValueError(f"ratio must be more than 1, got {self.ratio}")
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity must be more than 0 and at most 1, got {self.capacity}")
+        for branch in self.branches:
+            if isinstance(branch.mixer, MoEConfig) and isinstance(branch.mixer.router, ReinforceRouter):
+                raise ValueError(
+                    f"branches over chunks must not route by REINFORCE, which rewards tokens, got {branch.name}"
+                )
 
     @property
     def layers(self) -> tuple["Residual", ...]:
@@ -68,11 +74,9 @@ class HNetConfig:
         inner = sum(branch.mixer.flops(self.width or width, context / self.ratio) for branch in self.layers)
         return 2 * 3 * width * width + inner / self.ratio
 
-    def losses(self, statistics) -> dict[str, Array]:
-        """The auxiliary losses of chunks and of the layers over them, coefficients included, from sums over the batch."""
-        from research.models.hnet import chunk_losses
-
-        return chunk_losses(self, statistics)
+    def losses(self, statistics: ChunkStatistics) -> dict[str, Array]:
+        """The ratio loss, coefficient included, from sums over the whole batch."""
+        return {"ratio_loss": self.loss * ratio_loss(statistics, self.ratio)}
 
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
         from research.models.hnet import HNet

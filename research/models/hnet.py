@@ -6,22 +6,19 @@ The layers around it in the residual stream are its encoder and decoder; put it 
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from research.axes import Array, Float, Int
-from research.layers.context import Context
+from research.layers.context import Context, Nested
 from research.layers.parameters import constant, normal, project, read
 from research.layers.place import Place
 from research.models.config import HNetConfig
 from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
 from research.ops.attention import tokens_of
 from research.ops.dynamic_chunking import (
-    ChunkStatistics,
     chunk_statistics,
     gather_chunks,
-    ratio_loss,
     route,
     spread_chunks,
     straight_through,
@@ -38,15 +35,8 @@ class HNetState(NamedTuple):
     stages: tuple[Any, ...]
 
 
-class HNetStatistics(NamedTuple):
-    """Sums over the batch, and the auxiliaries of the layers over chunks (by stage, stacked over repeats)."""
-
-    chunks: ChunkStatistics
-    stages: tuple[Any, ...]
-
-
 class HNet(nnx.Module):
-    """Auxiliary: ``HNetStatistics``."""
+    """Auxiliary: ``Nested``, whose own are ``ChunkStatistics``."""
 
     def __init__(self, config: HNetConfig, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype):
         D, W = width, config.width or width
@@ -89,7 +79,7 @@ class HNet(nnx.Module):
             count_B = jnp.sum(ids_BM > 0, axis=1, dtype=state.chunks_B.dtype)
             last_q_BK = last_q_BK.astype(state.last_q_BK.dtype)
             state = HNetState(last_q_BK, state.chunks_B + count_B, mean_BD, states)
-        return y_BTD.astype(dtype), state, HNetStatistics(statistics, auxes)
+        return y_BTD.astype(dtype), state, Nested(statistics, auxes)
 
     def init_state(self, batch: int, max_length: int, dtype) -> HNetState:
         D, wide = self.w_query_DK[...].shape[-1], jnp.promote_types(dtype, jnp.float32)
@@ -132,16 +122,3 @@ class HNet(nnx.Module):
         h_BMD, p_BM, ids_BM, routing, mean_BD = batched
         z_BTD, mean_BD = spread_chunks(h_BMD, p_BM, ids_BM, routing, last_BD=mean_BD)
         return z_BTD, mean_BD
-
-
-def chunk_losses(config: HNetConfig, statistics: HNetStatistics) -> dict[str, Array]:
-    """The ratio loss, coefficient included, and the losses of the layers over chunks, summed over them by name."""
-    totals = {"ratio_loss": config.loss * ratio_loss(statistics.chunks, config.ratio)}
-    for stage, entries in zip(factorise(config.layers), statistics.stages, strict=True):
-        for branch, entry in zip(stage.unit, entries, strict=True):
-            losses: Any = getattr(branch.mixer, "losses", None)
-            if losses is None or entry is None:
-                continue
-            for name, value in jax.vmap(losses)(entry).items():
-                totals[name] = totals.get(name, 0.0) + jnp.sum(value)
-    return totals

@@ -7,8 +7,9 @@ Head k makes its hidden state at place i from head k−1's there (the model's no
 from __future__ import annotations
 
 import typing
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,6 +17,7 @@ from research.axes import Array, Float
 from research.layers.context import Context
 from research.layers.parameters import normal, project, read
 from research.layers.place import Place
+from research.models.auxiliaries import MultiTokenSums, reward_policies
 from research.models.config import ModelConfig
 from research.models.stages import Unit
 from research.ops.losses import cross_entropy
@@ -66,17 +68,11 @@ class MultiToken(nnx.Module):
         return self.heads[0 if self.config.shared else depth - 1]
 
 
-class MultiTokenSums(NamedTuple):
-    """Of each head: summed nats and counted targets (float32 or wider); they add up over micro-batches and devices."""
-
-    nats_N: Float[Array, " N"]
-    count_N: Float[Array, " N"]
-
-
 def multi_token_sums(
     model: LanguageModel, hidden_BTD, tokens_BT, targets_BT, mask_BT, segment_ids_BT, positions_BT, key=None
 ) -> tuple[MultiTokenSums, tuple[Any, ...]]:
-    """Losses of every head on rows whose next-token targets are ``targets_BT``, and the heads' auxiliaries (sums as well).
+    """Losses of every head on rows whose next-token targets are ``targets_BT``, and the auxiliaries of the heads' layers (sums
+    as well): an entry for each of ``MultiToken.heads``, added up over depths where these share one.
 
     A place counts for head k where the k tokens after it are of its document and the target after them counts. To the
     heads' layers the others are padding, which changes nothing: they come last in their document.
@@ -96,11 +92,14 @@ def multi_token_sums(
         head = model.mtp.head(depth)
         empty = (None,) * len(head.unit.branches)
         hidden_BTD, _, aux = head(hidden_BTD, model.embed(ahead_BT), empty, context)
-        counted_BT = within_BT & _shifted(mask_BT, depth)
-        sums = cross_entropy(model.logits(hidden_BTD), _shifted(targets_BT, depth), counted_BT)
+        counted_BT, wanted_BT = within_BT & _shifted(mask_BT, depth), _shifted(targets_BT, depth)
+        logits_BTV = model.logits(hidden_BTD)
+        sums = cross_entropy(logits_BTV, wanted_BT, counted_BT)
         nats.append(sums[0])
         counts.append(sums[1])
-        auxes.append(aux)
+        auxes.append(reward_policies(aux, logits_BTV, wanted_BT, counted_BT))
+    if model.mtp.config.shared:
+        auxes = [jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *auxes)]
     return MultiTokenSums(jnp.stack(nats), jnp.stack(counts)), tuple(auxes)
 
 

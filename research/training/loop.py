@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from research.training.config import ExperimentConfig
 from research.training.evaluation import HeldOut, byte_lengths, evaluate
 from research.training.interrupts import Interrupts
 from research.training.metrics import Recorder, count, duration, read_lines, round_to, run_files, say_now
-from research.training.optimizers import make_optimizer, schedule
+from research.training.optimizers import make_optimizer, schedule, trains
 from research.training.runs import CACHE_FOLDER, check_changes, claim, placed, read_config, write_config
 from research.training.state import TrainState, create_state
 from research.training.step import make_eval_step, make_train_step
@@ -111,7 +112,10 @@ class _Run:
     def steps(self, recorder: Recorder, interrupts: Interrupts | None) -> int | None:
         """Steps until the last one or a signal; saved either way. Returns the signal."""
         options = self.config.train
-        train_step = make_train_step(self.graphdef, self.optimizer, micro_batches=options.micro_batches)
+        trained = functools.partial(trains, self.config.optimizer)
+        train_step = make_train_step(
+            self.graphdef, self.optimizer, micro_batches=options.micro_batches, trained=trained
+        )
         rates = np.asarray(schedule(self.config.optimizer, options.steps)(np.arange(options.steps)))
         rates = np.broadcast_to(rates, options.steps)  # a constant schedule returns one number for all
         first = self.step

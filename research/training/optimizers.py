@@ -81,6 +81,13 @@ def parameter_path(path) -> str:
     return ".".join(str(key) for key in keys if key != "value")
 
 
+def trains(config: OptimizerConfig, path) -> bool:
+    """Whether the optimizer's patterns leave the variable at ``path`` (in a state tree) to train."""
+    name = parameter_path(path)
+    chosen = not config.trainable or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.trainable)
+    return chosen and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.frozen)
+
+
 def _labels(config: OptimizerConfig, params):
     """'trained' or 'frozen' for every parameter."""
     paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -89,9 +96,7 @@ def _labels(config: OptimizerConfig, params):
             raise ValueError(f"optimizer patterns must match a parameter, {pattern!r} matches none, as in {paths[0]}")
 
     def label(path, _):
-        name = parameter_path(path)
-        trained = not config.trainable or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.trainable)
-        return "frozen" if not trained or any(fnmatch.fnmatchcase(name, p) for p in config.frozen) else "trained"
+        return "trained" if trains(config, path) else "frozen"
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     if "trained" not in jax.tree.leaves(labels):

@@ -1,43 +1,56 @@
 """One training step: sums over micro-batches, losses from the sums, one update."""
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from research.axes import Array
+from research.models.auxiliaries import Auxiliaries, Report, auxiliary_losses, reports, reward_policies, running_order
 from research.models.language_model import LanguageModel
+from research.models.multi_token import multi_token_sums
 from research.ops import balancing
+from research.ops.dynamic_chunking import ChunkStatistics
 from research.ops.losses import cross_entropy
-from research.ops.routing import PolicyTerms, reinforce
 from research.sharding.mesh import P, on_mesh
 from research.training.state import TrainState
 
 Batch = dict[str, Array]
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, *, micro_batches: int = 1):
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    trained: Callable[[Any], bool] = lambda path: True,
+):
     """A compiled ``(state, batch) -> (state, metrics)`` that donates its state.
 
     The batch is the loader's (see ``research.data``). With ``micro_batches`` its rows are computed a part at a time,
     each part's activations recomputed in the backward pass: cross-entropy and router statistics are summed over the
     parts and every loss is taken from the totals, so the result is that of one batch, balance loss included.
 
-    Metrics, float32: loss (mean nats per counted target), tokens (counted targets), balance_loss, z_loss, grad_norm,
-    the other auxiliary losses that the model asks for, and for models with experts load_LE (share of assignments, a row
-    a layer, where layers have equally many experts), max_violation (worst layer), dead_experts (all layers),
-    router_entropy (mean, nats) and dropped_assignments (all layers).
+    Metrics, float32: loss (mean nats per counted target), tokens (counted targets), grad_norm, and the auxiliary losses
+    of the model, coefficients included, summed over its layers, those over chunks and of heads ahead among them:
+    balance_loss, z_loss and others of experts, index_loss (sparse attention), ratio_loss (chunks), mtp_loss (heads ahead).
+    With experts also load_LE (share of assignments, a row a layer, where layers have equally many experts), max_violation
+    (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with chunks
+    tokens_per_chunk, and tokens_per_chunk_2 for chunks of chunks.
+
+    Args:
+      trained: of paths in a state tree, which variables the step changes; no gradient is computed for the others.
     """
 
     def sums(params, variables, batch, key):
-        model = nnx.merge(graphdef, params, variables)
-        return batch_sums(model, batch, key)
+        return batch_sums(nnx.merge(graphdef, params, variables), batch, key)
 
     def objective(params, variables, batch, key):
+        params = jax.tree.map_with_path(lambda path, x: x if trained(path) else jax.lax.stop_gradient(x), params)
         if micro_batches == 1:
             nats, count, aux = sums(params, variables, batch, key)
         else:
@@ -57,15 +70,17 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         grads, (loss, count, losses, aux) = gradient(state.params, state.variables, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        model = nnx.merge(graphdef, params, state.variables)
+        model = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, state.variables))  # what it writes to is its own
         update_router_biases(model, aux)
-        _, _, variables = nnx.split(model, nnx.Param, ...)
+        _, _, moved = nnx.split(model, nnx.Param, ...)
+        keep = lambda path, new, old: new if trained(path) else old  # noqa: E731
+        variables = jax.tree.map_with_path(keep, moved, state.variables)
         metrics = {
             "loss": loss,
             "tokens": count,
             "grad_norm": optax.tree.norm(grads),
             **losses,
-            **router_metrics(aux),
+            **layer_metrics(model, aux),
         }
         return TrainState(state.step + 1, params, variables, opt_state, state.key), metrics
 
@@ -83,39 +98,26 @@ def make_eval_step(graphdef: nnx.GraphDef):
     return eval_step
 
 
-def batch_sums(model: LanguageModel, batch: Batch, key) -> tuple[Array, Array, Any]:
-    """Summed nats, counted targets and the model's auxiliaries (sums as well) of one batch."""
-    x_BTD, _, aux = model.hidden(batch["inputs_BT"], batch["segment_ids_BT"], batch["positions_BT"], key=key)
+def batch_sums(model: LanguageModel, batch: Batch, key) -> tuple[Array, Array, Auxiliaries]:
+    """Summed nats, counted targets and the model's auxiliaries (sums as well) of one batch; heads ahead run where there is
+    a key (in training)."""
+    segment_ids_BT, positions_BT = batch["segment_ids_BT"], batch["positions_BT"]
+    targets_BT, mask_BT = batch["targets_BT"], batch["loss_mask_BT"]
+    x_BTD, _, stages = model.hidden(batch["inputs_BT"], segment_ids_BT, positions_BT, key=key)
     logits_BTV = model.logits(x_BTD)
-    nats, count = cross_entropy(logits_BTV, batch["targets_BT"], batch["loss_mask_BT"])
-    return nats, count, reward_policies(aux, logits_BTV, batch)
+    nats, count = cross_entropy(logits_BTV, targets_BT, mask_BT)
+    aux = Auxiliaries(reward_policies(stages, logits_BTV, targets_BT, mask_BT))
+    if model.mtp is not None and key is not None:
+        ahead, heads = multi_token_sums(
+            model, x_BTD, batch["inputs_BT"], targets_BT, mask_BT, segment_ids_BT, positions_BT, key
+        )
+        aux = aux._replace(ahead=ahead, heads=heads)
+    return nats, count, aux
 
 
-def reward_policies(aux, logits_BTV, batch: Batch):
-    """The auxiliaries with every token of a router trained by REINFORCE rewarded, with minus its next-token loss."""
-
-    def reward(entry):
-        if not (isinstance(entry, balancing.RouterStatistics) and isinstance(entry.policy, PolicyTerms)):
-            return entry
-        reward_BT = -optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
-        counted = dataclasses.replace(entry.policy, live_T=entry.policy.live_T & batch["loss_mask_BT"])
-        return dataclasses.replace(entry, policy=reinforce(counted, reward_BT, axis=(-2, -1)))
-
-    return jax.tree.map(reward, aux, is_leaf=lambda entry: isinstance(entry, balancing.RouterStatistics))
-
-
-def auxiliary_losses(model: LanguageModel, aux) -> dict[str, Array]:
-    """The model's auxiliary losses by name, summed over layers, from statistics of the whole batch."""
-    totals: dict[str, Array] = {}
-    for layer, statistics in _expert_layers(model, aux):
-        for name, value in jax.vmap(layer.config.losses)(statistics).items():
-            totals[name] = totals.get(name, 0.0) + jnp.sum(value)
-    return totals
-
-
-def update_router_biases(model: LanguageModel, aux) -> None:
+def update_router_biases(model: LanguageModel, aux: Auxiliaries) -> None:
     """Moves the selection biases of ``model`` (merged inside the step, so nothing outside changes) by one step."""
-    for layer, statistics in _expert_layers(model, aux):
+    for layer, statistics in ((report.mixer, report.auxiliary) for report in _routers(reports(model, aux))):
         if rate := layer.config.bias_rate:
             layer.bias_E.set_value(balancing.update_bias(layer.bias_E[...], statistics.counts_E, rate))
         elif layer.config.quantile_bias and statistics.margins_EQ is not None:
@@ -123,36 +125,50 @@ def update_router_biases(model: LanguageModel, aux) -> None:
             layer.bias_E.set_value(bias_LE.astype(layer.bias_E[...].dtype))
 
 
-def router_metrics(aux) -> dict[str, Array]:
-    """Load and its summaries over all layers with experts, in the order they run."""
-    stages = [[entry for entry in stage if isinstance(entry, balancing.RouterStatistics)] for stage in aux]
-    metrics = [_in_order([balancing.metrics(entry) for entry in stage]) for stage in stages if stage]
-    dropped = [jnp.sum(entry.dropped, dtype=jnp.float32) for stage in stages for entry in stage]
-    if not metrics:
+def layer_metrics(model: LanguageModel, aux: Auxiliaries) -> dict[str, Array]:
+    """What ``make_train_step`` reports of layers, whether the model has them or a model inside it."""
+    found = list(reports(model, aux))
+    return {**_router_metrics(list(_routers(found))), **_chunk_metrics(found)}
+
+
+def _routers(found: Iterable[Report]) -> Iterator[Report]:
+    return (report for report in found if isinstance(report.auxiliary, balancing.RouterStatistics))
+
+
+def _router_metrics(routers: list[Report]) -> dict[str, Array]:
+    if not routers:
         return {}
+    flat = [report.flat for report in routers]
+    metrics = [balancing.metrics(statistics) for statistics in flat]
 
     def over_layers(name):
-        return jnp.concatenate([m[name].reshape(-1) for m in metrics])
+        return jnp.concatenate([m[name] for m in metrics])
 
-    loads = [load_LE for m in metrics for load_LE in m["load"]]
-    same = all(isinstance(load_LE, Array) for load_LE in loads) and len({load_LE.shape for load_LE in loads}) == 1
-    load = {"load_LE": jnp.stack(loads)} if same else {}
+    load = {}
+    if len({statistics.experts for statistics in flat}) == 1:
+        load_LE, order = over_layers("load"), running_order(routers)
+        load = {"load_LE": load_LE if (order == np.arange(len(order))).all() else load_LE[order]}
     return {
         **load,
         "max_violation": jnp.max(over_layers("max_violation")),
         "dead_experts": jnp.sum(over_layers("dead_experts")).astype(jnp.float32),
         "router_entropy": jnp.mean(over_layers("entropy")),
-        "dropped_assignments": sum(dropped, jnp.zeros((), jnp.float32)),
+        "dropped_assignments": sum((jnp.sum(s.dropped, dtype=jnp.float32) for s in flat), jnp.zeros((), jnp.float32)),
     }
 
 
-def _in_order(branches: list[dict[str, Array]]) -> dict[str, Any]:
-    """Metrics of a stage's branches, each [repeats, …], layer by layer; lists where branches differ in experts."""
-    if len({metrics["load"].shape for metrics in branches}) == 1:
-        return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *branches)
-    loads = [load_E for metrics in branches for load_E in metrics["load"]]
-    summaries = [{name: value for name, value in metrics.items() if name != "load"} for metrics in branches]
-    return {**jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1), *summaries), "load": loads}
+def _chunk_metrics(found: list[Report]) -> dict[str, Array]:
+    """What was cut over the chunks it became: the model's own rows, and by number the chunks cut again."""
+    chunks = [
+        (len(report.place) // 3, report.flat) for report in found if isinstance(report.auxiliary, ChunkStatistics)
+    ]
+    metrics = {}
+    for level in sorted({level for level, _ in chunks}):
+        tokens, cuts = (
+            sum(jnp.sum(getattr(c, f)) for at, c in chunks if at == level) for f in ("tokens", "boundaries")
+        )
+        metrics[f"tokens_per_chunk{'' if level == 1 else f'_{level}'}"] = tokens / jnp.maximum(cuts, 1)
+    return metrics
 
 
 def split_rows(x, parts: int):
@@ -161,11 +177,3 @@ def split_rows(x, parts: int):
     spec = [*jax.typeof(x).sharding.spec, *[None] * x.ndim][: x.ndim] if on_mesh() else None
     split = jax.lax.reshape(x, shape, out_sharding=None if spec is None else P(spec[0], None, *spec[1:]))
     return jnp.swapaxes(split, 0, 1)
-
-
-def _expert_layers(model: LanguageModel, aux) -> Iterator[tuple[Any, balancing.RouterStatistics]]:
-    """Every mixer that routes, with its statistics."""
-    for stacked, entries in zip(model.stages, aux, strict=True):
-        for branch, entry in zip(stacked.branches, entries, strict=True):
-            if isinstance(entry, balancing.RouterStatistics):
-                yield branch.mixer, entry

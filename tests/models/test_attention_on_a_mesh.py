@@ -9,9 +9,10 @@ from flax import nnx
 from research.layers.attention import AttentionConfig
 from research.layers.dsa import DSAConfig
 from research.layers.mlp import MLPConfig
+from research.models.auxiliaries import Auxiliaries, auxiliary_losses
 from research.models.config import HNetConfig, ModelConfig, MTPConfig, Residual
 from research.models.language_model import LanguageModel
-from research.models.multi_token import multi_token_loss, multi_token_sums
+from research.models.multi_token import multi_token_sums
 from research.sharding.mesh import MeshConfig, batch_sharding, make_mesh
 from research.training.runs import placed
 
@@ -65,14 +66,12 @@ def trained(config):
             key = jax.random.key(0)
             x_BTD, _, aux = model.hidden(tokens_BT, ids_BT, positions_BT, key=key)
             total = jnp.sum(jnp.sin(model.logits(x_BTD)), where=(ids_BT > 0)[..., None])
-            for stage, entries in zip(model.stages, aux, strict=True):
-                for branch, entry in zip(stage.branches, entries, strict=True):
-                    if entry is not None:
-                        total += sum(jnp.sum(x) for x in jax.vmap(branch.mixer.config.losses)(entry).values())
+            aux = Auxiliaries(aux)
             if model.mtp is not None:
                 arrays = (tokens_BT, targets_BT, mask_BT, ids_BT, positions_BT)
-                total += multi_token_loss(model, multi_token_sums(model, x_BTD, *arrays, key=key)[0])
-            return total
+                ahead, heads = multi_token_sums(model, x_BTD, *arrays, key=key)
+                aux = aux._replace(ahead=ahead, heads=heads)
+            return total + sum(auxiliary_losses(model, aux).values())
 
         return jax.value_and_grad(loss)(model)
 

@@ -12,6 +12,7 @@ from research.config import from_json, to_json
 from research.layers.attention import AttentionConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mlp import MLPConfig
+from research.models.auxiliaries import Auxiliaries, auxiliary_losses
 from research.models.config import HNetConfig, ModelConfig, Residual
 from research.ops.dynamic_chunking import (
     ChunkStatistics,
@@ -119,7 +120,7 @@ def test_decoding_continues_prefill(hnet):
         out = call(model, tokens_BT[:, t : t + 1], cache=out.cache)
         logits.append(out.logits_BTV)
     chex.assert_trees_all_close(jnp.concatenate(logits, axis=1), whole.logits_BTV, atol=3e-5)
-    statistics = whole.aux[0][1].chunks
+    statistics = whole.aux[0][1].own
     assert 2 < statistics.boundaries[0] < 2 * T
 
 
@@ -137,20 +138,20 @@ def test_documents_are_separate_and_padding_is_nothing(hnet):
 
 
 @STAGES
-def test_gradients_reach_the_router_and_the_losses_nest(hnet):
+def test_gradients_reach_the_router_and_everything_behind_it(hnet):
     model, tokens_BT = small_model(config_of(hnet)), tokens_of()
 
     @jax.jit
     def gradient(model):
         def loss(model):
             out = model(tokens_BT)
-            losses = jax.vmap(hnet.losses)(out.aux[0][1])
-            return jnp.sum(jnp.sin(out.logits_BTV)) + losses["ratio_loss"].sum(), losses
+            losses = auxiliary_losses(model, Auxiliaries(out.aux))
+            return jnp.sum(jnp.sin(out.logits_BTV)) + losses["ratio_loss"], losses
 
         return jax.grad(loss, has_aux=True)(model)
 
     slopes, losses = gradient(model)
-    assert set(losses) == {"ratio_loss"} and losses["ratio_loss"].shape == (1,)
+    assert set(losses) == {"ratio_loss"} and losses["ratio_loss"].shape == ()
     for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
         assert np.isfinite(slope).all() and jnp.abs(slope).max() > 0, jax.tree_util.keystr(path)
 
