@@ -1,11 +1,11 @@
 """One matrix product per group of rows: the arithmetic of sparsely routed experts.
 
 Rows of ``x_MK`` come sorted by group, ``group_sizes_E[e]`` of them for expert e, and each group meets its own
-``w_EKN[e]``. The XLA form cuts the rows into tiles that never straddle two groups, so that the whole is one batched
-matrix product over tiles; its cost follows M, not the number of experts. Where no group needs more than its share of the
-padded rows, groups get equal shares, and the batched product runs over experts directly. (``jax.lax.ragged_dot`` is expanded to a
-dense product over every expert on CPU and CUDA.) Axes besides the glossary's: P padded rows,
-I tiles, C rows of one tile.
+``w_EKN[e]``. The XLA form costs what M rows cost, not what all experts would (``jax.lax.ragged_dot`` is expanded to a dense
+product over every expert on CPU and CUDA). Where no group needs more than an equal share with some slack, groups get
+equal shares, and it is one batched product over experts. Otherwise rows are cut into tiles that never straddle two
+groups: on CPU a loop over the tiles there are, each reading its matrix where it lies; elsewhere one batched product over
+as many tiles as any load needs. Axes besides the glossary's: P padded rows, I tiles, C rows of one tile.
 """
 
 import functools
@@ -17,18 +17,17 @@ import numpy as np
 
 from research.axes import Array, Float, Int
 
-IMPLEMENTATIONS = ("tiled", "ragged_dot", "dense")
+IMPLEMENTATIONS = ("looped", "tiled", "ragged_dot", "dense")
 _KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """Rows of one tile: the power of two nearest 5·√(mean group), in [8, 256].
+    """Rows of one tile: the power of two nearest 3·√(mean group), in [8, 256].
 
-    Every group wastes half a tile on average, while every tile reads a matrix of its own and adds one to the gradient:
-    the sum of both is least near a multiple of the root.
+    `aligned_rows` has room for nearly a tile more than the mean in every group: three standard deviations of a random
+    load, so that equal shares usually do.
     """
-    mean = max(rows / max(groups, 1), 1)
-    return int(min(256, max(8, 2 ** round(np.log2(5 * mean**0.5)))))
+    return int(min(256, max(8, 2 ** round(np.log2(3 * max(rows / max(groups, 1), 1) ** 0.5)))))
 
 
 def aligned_rows(rows: int, groups: int, alignment: int) -> int:
@@ -71,8 +70,9 @@ def grouped_matmul(
       alignment: above 1 a promise that M is a multiple of it, and that the group sizes are as well or are all M / E
         (see `padded_sizes`). Nothing is gathered then: equal groups are one batched product over experts, others one
         over tiles of that many rows. What breaks the promise is undefined.
-      implementation: 'tiled' (XLA, any platform), 'ragged_dot' (XLA's own), 'dense' (every row against every expert:
-        the definition), or None: chosen per platform when lowered.
+      implementation: 'looped' (a loop over tiles; CPU's), 'tiled' (all tiles at once; CUDA's), 'ragged_dot' (XLA's own;
+        TPU's), 'dense' (every row against every expert: the definition), each for any platform, or None: chosen per
+        platform when lowered.
 
     Returns:
       y_MN in x's dtype, accumulated in float32 (float64 for float64 inputs).
@@ -125,7 +125,8 @@ def _choose(leg, alignment, implementation, clean=False):
     if implementation is not None:
         return bound[implementation]
     # XLA has a real grouped matmul on TPU only; elsewhere it expands ragged_dot to all experts.
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=bound["ragged_dot"], default=bound["tiled"])
+    forms = {"tpu": bound["ragged_dot"], "cpu": bound["looped"], "default": bound["tiled"]}
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, **forms)
 
 
 def clean_leg(
@@ -157,47 +158,122 @@ def _einsum(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=_accumulator(a, b)).astype(a.dtype)
 
 
-# --- tiled ----------------------------------------------------------------------------------------------------------
+_SPECS = {"product": "ick,ikn->icn", "transposed": "icn,ikn->ick"}
+
+
+# --- tiled and looped -----------------------------------------------------------------------------------------------
+
+
+def _unless_even(even, uneven):
+    """A leg over any sizes from one over equal ones."""
+
+    def leg(a, b, sizes_E):
+        if a.shape[0] % sizes_E.shape[0]:
+            return uneven(a, b, sizes_E)
+        same = (sizes_E == a.shape[0] // sizes_E.shape[0]).all()
+        return jax.lax.cond(same, even, uneven, a, b, sizes_E)
+
+    return leg
+
+
+def _packed(leg, a, b, sizes_E, padded_E, *, room, pack):
+    """`leg` over rows gathered so that group e has padded_E[e] of `room`; pack says which of the operands are rows."""
+    rows, groups = a.shape[0], sizes_E.shape[0]
+    expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
+    shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
+    row_M = jnp.arange(rows, dtype=jnp.int32)
+    slot_M = jnp.where(expert_M < groups, row_M + shift_E[jnp.minimum(expert_M, groups - 1)], room)
+    row_P = jnp.full(room, rows, jnp.int32).at[slot_M].set(row_M, mode="drop", unique_indices=True)
+    a, b = (
+        x.at[row_P].get(mode="fill", fill_value=0) if is_rows else x for x, is_rows in zip((a, b), pack, strict=True)
+    )
+    result = leg(a, b, padded_E)
+    return result if all(pack) else result.at[slot_M].get(mode="fill", fill_value=0)
 
 
 def _tiled(even, tiles, pack):
-    """A leg over any rows, from one over groups of equal size and one over groups that start on tiles.
-
-    pack says which of the two operands are rows.
-    """
-
-    def aligned(a, b, sizes_E, alignment, clean):
-        if a.shape[0] % sizes_E.shape[0]:
-            return tiles(a, b, sizes_E, alignment, clean)
-        same = (sizes_E == a.shape[0] // sizes_E.shape[0]).all()
-        return jax.lax.cond(same, even, functools.partial(tiles, alignment=alignment, clean=clean), a, b, sizes_E)
-
-    def padded(a, b, sizes_E):
-        rows, groups = a.shape[0], sizes_E.shape[0]
-        alignment = tile_rows(rows, groups)
-        room = aligned_rows(rows, groups, alignment)
-        padded_E = padded_sizes(sizes_E, room, alignment)
-        expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
-        shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
-        row_M = jnp.arange(rows, dtype=jnp.int32)
-        slot_M = jnp.where(expert_M < groups, row_M + shift_E[jnp.minimum(expert_M, groups - 1)], room)
-        row_P = jnp.full(room, rows, jnp.int32).at[slot_M].set(row_M, mode="drop", unique_indices=True)
-        a, b = (
-            x.at[row_P].get(mode="fill", fill_value=0) if is_rows else x
-            for x, is_rows in zip((a, b), pack, strict=True)
-        )
-        result = aligned(a, b, padded_E, alignment, True)
-        return result if all(pack) else result.at[slot_M].get(mode="fill", fill_value=0)
+    """A leg over any rows, from one over groups of equal size and one over groups that start on tiles."""
 
     def leg(a, b, sizes_E, *, alignment, clean):
         if alignment > 1:
-            return aligned(a, b, sizes_E, alignment, clean)
-        if a.shape[0] % sizes_E.shape[0]:
-            return padded(a, b, sizes_E)
-        same = (sizes_E == a.shape[0] // sizes_E.shape[0]).all()
-        return jax.lax.cond(same, even, padded, a, b, sizes_E)
+            return _unless_even(even, functools.partial(tiles, alignment=alignment, clean=clean))(a, b, sizes_E)
+
+        def padded(a, b, sizes_E):
+            tile = tile_rows(a.shape[0], sizes_E.shape[0])
+            room = aligned_rows(a.shape[0], sizes_E.shape[0], tile)
+            inside = _unless_even(even, functools.partial(tiles, alignment=tile, clean=True))
+            return _packed(inside, a, b, sizes_E, padded_sizes(sizes_E, room, tile), room=room, pack=pack)
+
+        return _unless_even(even, padded)(a, b, sizes_E)
 
     return leg
+
+
+def _looped(even, loop, pack):
+    """A leg over any rows, from one over groups of equal size and one over any."""
+
+    def shared(a, b, sizes_E):
+        """Equal shares with three standard deviations of a random load to spare, where they are enough."""
+        groups, mean = sizes_E.shape[0], a.shape[0] / sizes_E.shape[0]
+        if mean < 8:
+            return loop(a, b, sizes_E)
+        share = -(-math.ceil(mean + 3 * mean**0.5) // 8) * 8
+        padded_E = jnp.full(groups, share, jnp.int32)
+        pad = functools.partial(_packed, even, padded_E=padded_E, room=groups * share, pack=pack)
+        return jax.lax.cond((sizes_E <= share).all(), pad, loop, a, b, sizes_E)
+
+    def leg(a, b, sizes_E, *, alignment, clean):
+        return _unless_even(even, loop if alignment > 1 else shared)(a, b, sizes_E)
+
+    return leg
+
+
+def _blocks(sizes_E, rows):
+    """(rows of a block, how many there are, expert of each, its first row, the row after its last)."""
+    groups = sizes_E.shape[0]
+    # A product of few rows is slow, and half a block a group is wasted.
+    block = min(rows, max(16, tile_rows(rows, groups)))
+    blocks_E = -(-sizes_E // block)
+    ends_E, index_I = jnp.cumsum(blocks_E), jnp.arange(rows // block + min(groups, rows), dtype=jnp.int32)
+    expert_I = jnp.searchsorted(ends_E, index_I, side="right", method="compare_all")
+    expert_I = jnp.minimum(expert_I, groups - 1).astype(jnp.int32)
+    stops_E = jnp.cumsum(sizes_E)
+    starts_I = (stops_E - sizes_E)[expert_I] + (index_I - (ends_E - blocks_E)[expert_I]) * block
+    return block, ends_E[-1], expert_I, starts_I, jnp.minimum(starts_I + block, stops_E[expert_I])
+
+
+def _cut(x, start, stop, block):
+    """(first row read, whether each of the block's rows is in [start, stop), the rows)."""
+    first = jnp.minimum(start, x.shape[0] - block)
+    row_C1 = first + jnp.arange(block, dtype=jnp.int32)[:, None]
+    return first, (row_C1 >= start) & (row_C1 < stop), jax.lax.dynamic_slice_in_dim(x, first, block)
+
+
+def _loop_product(x_MK, w_EKN, sizes_E, *, spec):
+    block, count, expert_I, start_I, stop_I = _blocks(sizes_E, x_MK.shape[0])
+    width = w_EKN.shape[2 if spec == _SPECS["product"] else 1]
+
+    def step(i, y_MN):
+        first, own_C1, x_CK = _cut(x_MK, start_I[i], stop_I[i], block)
+        w_1KN = jax.lax.dynamic_slice_in_dim(w_EKN, expert_I[i], 1)
+        new_CN = _einsum(spec, x_CK[None], w_1KN)[0]
+        old_CN = jax.lax.dynamic_slice_in_dim(y_MN, first, block)
+        return jax.lax.dynamic_update_slice_in_dim(y_MN, jnp.where(own_C1, new_CN, old_CN), first, 0)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros((x_MK.shape[0], width), x_MK.dtype))
+
+
+def _loop_outer(x_MK, dy_MN, sizes_E):
+    block, count, expert_I, start_I, stop_I = _blocks(sizes_E, x_MK.shape[0])
+
+    def step(i, dw_EKN):
+        (_, own_C1, x_CK), (_, _, dy_CN) = (_cut(a, start_I[i], stop_I[i], block) for a in (x_MK, dy_MN))
+        new_KN = _block_outer(jnp.where(own_C1, x_CK, 0), jnp.where(own_C1, dy_CN, 0), block)
+        old_1KN = jax.lax.dynamic_slice_in_dim(dw_EKN, expert_I[i], 1)
+        return jax.lax.dynamic_update_slice_in_dim(dw_EKN, old_1KN + new_KN, expert_I[i], 0)
+
+    zeros_EKN = jnp.zeros((sizes_E.shape[0], x_MK.shape[1], dy_MN.shape[1]), _accumulator(x_MK, dy_MN))
+    return jax.lax.fori_loop(0, count, step, zeros_EKN).astype(x_MK.dtype)
 
 
 def _tile_experts(sizes_E, tile, tiles):
@@ -290,19 +366,17 @@ def _dense_outer(x_MK, dy_MN, sizes_E, *, alignment, clean):
     return jnp.einsum("mek,mn->ekn", x_MEK, _live(dy_MN, sizes_E, clean)).astype(x_MK.dtype)
 
 
-def _tiled_product(spec):
-    even, tiles = (functools.partial(leg, spec=spec) for leg in (_even_product, _tile_product))
-    return _tiled(even, tiles, (True, False))
-
-
 def _transposed(product):
     return lambda dy_MN, w_EKN, sizes_E, **options: product(dy_MN, w_EKN.swapaxes(1, 2), sizes_E, **options)
 
 
+_EVEN = {name: functools.partial(_even_product, spec=spec) for name, spec in _SPECS.items()} | {"outer": _even_outer}
+_TILES = {name: functools.partial(_tile_product, spec=spec) for name, spec in _SPECS.items()} | {"outer": _tile_outer}
+_LOOPS = {name: functools.partial(_loop_product, spec=spec) for name, spec in _SPECS.items()} | {"outer": _loop_outer}
+_PACK = {"product": (True, False), "transposed": (True, False), "outer": (True, True)}
 _LEGS = {
-    ("tiled", "product"): _tiled_product("ick,ikn->icn"),
-    ("tiled", "transposed"): _tiled_product("icn,ikn->ick"),
-    ("tiled", "outer"): _tiled(_even_outer, _tile_outer, (True, True)),
+    **{("looped", leg): _looped(_EVEN[leg], _LOOPS[leg], _PACK[leg]) for leg in _PACK},
+    **{("tiled", leg): _tiled(_EVEN[leg], _TILES[leg], _PACK[leg]) for leg in _PACK},
     ("ragged_dot", "product"): _ragged_product,
     ("ragged_dot", "transposed"): _transposed(_ragged_product),
     ("ragged_dot", "outer"): _ragged_outer,
