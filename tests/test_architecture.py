@@ -18,6 +18,7 @@ FLOORS = [
     "research.data",
     "research.training",
     "research.inference",
+    "research.interop",
     "configs",
     "experiments",
 ]

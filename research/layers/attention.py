@@ -29,7 +29,7 @@ class AttentionConfig:
       gated: the output times a sigmoid of the input, per channel (Qwen3-Next; Qiu et al. 2025, arXiv 2505.06708).
       qk_norm: on queries and keys, before RoPE; ``qk_norm_over`` each head, or the whole projection (OLMoE).
       rms_after_rope: queries and keys divided by their root mean square after RoPE, eps 1e-6 (Llama 4).
-      clip_qkv: queries, keys and values are cut to ±this where they are projected (DBRX, OLMoE).
+      clip_qkv: queries, keys and values are cut to ±this, after their norm and before RoPE (DBRX, OLMoE).
       window: places a token sees, itself included (Mistral, gpt-oss). The cache then holds so many tokens.
       chunk: a token sees its own run of so many places alone (Llama 4). The cache then holds so many tokens.
       sinks: a learned score per head that takes part in the softmax and has no value (gpt-oss).
@@ -128,6 +128,7 @@ class Attention(nnx.Module):
         q_BTHK, gate_BTHK = jnp.split(q_BTHK, 2, axis=-1) if c.gated else (q_BTHK, None)
         k_BTGK = k_BTN.reshape(B, T, c.key_heads, c.head_width)
         v_BTGK = v_BTN.reshape(B, T, c.key_heads, c.head_width)
+        q_BTHK, k_BTGK = self._normalised(q_BTHK, k_BTGK)
         if c.clip_qkv is not None:
             q_BTHK, k_BTGK, v_BTGK = (jnp.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q_BTHK, k_BTGK, v_BTGK))
         q_BTHK, k_BTGK = self._turn(q_BTHK, k_BTGK, context)
@@ -149,16 +150,18 @@ class Attention(nnx.Module):
         shape = (batch, slots, self.config.key_heads, self.config.head_width)
         return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def _normalised(self, q_BTHK, k_BTGK):
+        if self.q_norm is None or self.k_norm is None:
+            return q_BTHK, k_BTGK
+        if self.config.qk_norm_over == "head":
+            return self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        flat = (*q_BTHK.shape[:2], -1)
+        q_BTHK = self.q_norm(q_BTHK.reshape(flat)).reshape(q_BTHK.shape)
+        return q_BTHK, self.k_norm(k_BTGK.reshape(flat)).reshape(k_BTGK.shape)
+
     def _turn(self, q_BTHK, k_BTGK, context: Context):
-        """Queries and keys, normalised and rotated."""
+        """Queries and keys, rotated."""
         c = self.config
-        if self.q_norm is not None and self.k_norm is not None:
-            if c.qk_norm_over == "projection":
-                flat = (*q_BTHK.shape[:2], -1)
-                q_BTHK = self.q_norm(q_BTHK.reshape(flat)).reshape(q_BTHK.shape)
-                k_BTGK = self.k_norm(k_BTGK.reshape(flat)).reshape(k_BTGK.shape)
-            else:
-                q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         turn = {"rotary_dim": c.rotary_dim, "theta": c.rope_theta, "layout": c.rope_layout, "scaling": c.rope_scaling}
         q_BTHK = rope(q_BTHK, context.positions_BT, **turn)
         k_BTGK = rope(k_BTGK, context.positions_BT, **turn)

@@ -1,0 +1,145 @@
+"""What many published families have in common: how their config.json spells it, and how their checkpoints name it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from research.layers.attention import AttentionConfig
+from research.layers.norms import RMSNormConfig
+from research.models.config import ModelConfig, Residual
+from research.models.hub.keys import Keys
+from research.models.hub.tensors import BranchViews, ModelViews, PartViews, Tensor, View, joined
+from research.ops.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+
+def language_model(
+    keys: Keys, layers: list[tuple[Residual, ...]], norm: RMSNormConfig, *, tied: bool = False, **others
+) -> ModelConfig:
+    """A model of these layers, each a tuple of branches; branches that are equal share a name.
+
+    Args:
+      tied: whether the head is the embedding where config.json doesn't say.
+      others: fields of ``ModelConfig``.
+    """
+    if len(layers) != keys["num_hidden_layers"]:
+        keys.refuse(f"num_hidden_layers is {keys['num_hidden_layers']}, other keys describe {len(layers)} layers")
+    period = next(n for n in range(1, len(layers) + 1) if layers == layers[:n] * (len(layers) // n))
+    pattern = [branch for layer in layers[:period] for branch in layer]
+    return ModelConfig(
+        vocab_size=keys["vocab_size"],
+        width=keys["hidden_size"],
+        branches=tuple(dict.fromkeys(branch for layer in layers for branch in layer)),
+        pattern=tuple(branch.name for branch in pattern),
+        repeats=len(layers) // period,
+        final_norm=norm,
+        tie_embeddings=keys.get("tie_word_embeddings", tied),
+        **others,
+    )
+
+
+def rms_norm(keys: Keys, *, centred: bool = False, eps: float = 1e-6) -> RMSNormConfig:
+    return RMSNormConfig(eps=keys.get("rms_norm_eps", eps), centred=centred)
+
+
+def rope(keys: Keys, *, theta: float = 10_000.0, fraction: float = 1.0) -> dict[str, Any]:
+    """The rotary fields of ``AttentionConfig``, as transformers 5 writes them (``rope_parameters``) or as it did before."""
+    inner = keys.inside("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
+    keys.inert("rope_scaling", "rope_parameters")
+    return {
+        "rope_theta": float(inner.get("rope_theta", keys.get("rope_theta", theta))),
+        "rotary_fraction": inner.get("partial_rotary_factor", keys.get("partial_rotary_factor", fraction)),
+        "rope_scaling": _scaling(inner, keys.get("max_position_embeddings", 2048)),
+    }
+
+
+def _scaling(keys: Keys, length: int) -> RopeScaling | None:
+    kind = keys.either("rope_type", "type", default="default")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(float(keys["factor"]))
+    if kind == "llama3":
+        original = keys["original_max_position_embeddings"]
+        return Llama3Scaling(keys["factor"], keys["low_freq_factor"], keys["high_freq_factor"], original)
+    if kind == "yarn":
+        return YarnScaling(
+            factor=float(keys["factor"]),
+            original_length=keys.get("original_max_position_embeddings", length),
+            beta_fast=float(keys.get("beta_fast", 32)),
+            beta_slow=float(keys.get("beta_slow", 1)),
+            truncate=keys.get("truncate", True),
+            mscale=float(keys.get("mscale", 1.0)),
+            mscale_all_dim=float(keys.get("mscale_all_dim", 0.0)),
+            attention_factor=keys.get("attention_factor"),
+        )
+    keys.refuse(f"rope_type must be 'default', 'linear', 'llama3' or 'yarn', got {kind!r}")
+    return None
+
+
+def sparse_layers(keys: Keys) -> list[bool]:
+    """Which layers have experts, as Qwen's configurations say."""
+    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    return [i not in dense and (i + 1) % step == 0 for i in range(keys["num_hidden_layers"])]
+
+
+def linear(name: str, view: View) -> Tensor:
+    """A matrix that is stored [out, in]."""
+    return joined(name, view.T)
+
+
+def ends(model: ModelViews, *, prefix: str = "model.", norm: str = "norm") -> Iterator[Tensor]:
+    """Embedding, last norm, head."""
+    yield joined(f"{prefix}embed_tokens.weight", model["embedding_VD"])
+    yield joined(f"{prefix}{norm}.weight", model["final_norm.scale_D"])
+    if "head_DV" in model:
+        yield linear("lm_head.weight", model["head_DV"])
+
+
+def attention(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    """``q_proj`` (each head's gate behind it), ``k_proj``, ``v_proj``, ``o_proj``, and norms on queries and keys."""
+    c = branch.mixer(AttentionConfig)
+    query, key = c.heads * c.head_width * (2 if c.gated else 1), c.key_heads * c.head_width
+    names = ("q_proj", "k_proj", "v_proj")
+    for name, view in zip(names, branch["mixer.w_in_DN"].cut(1, query, key, key), strict=True):
+        yield linear(f"{prefix}{name}.weight", view)
+    if c.bias:
+        for name, view in zip(names, branch["mixer.bias_N"].cut(0, query, key, key), strict=True):
+            yield joined(f"{prefix}{name}.bias", view)
+    yield linear(f"{prefix}o_proj.weight", branch["mixer.w_out_ND"])
+    if c.out_bias:
+        yield joined(f"{prefix}o_proj.bias", branch["mixer.out_bias_D"])
+    if c.qk_norm is not None:
+        yield joined(f"{prefix}q_norm.weight", branch["mixer.q_norm.scale_D"])
+        yield joined(f"{prefix}k_norm.weight", branch["mixer.k_norm.scale_D"])
+
+
+def gated_mlp(
+    prefix: str,
+    part: PartViews,
+    into: str = "mixer.w_in_DF",
+    out: str = "mixer.w_out_FD",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Iterator[Tensor]:
+    """Gate and up, which lie side by side here, and down."""
+    w_in_DF = part[into]
+    half = w_in_DF.shape[-1] // 2
+    for name, view in zip(names, w_in_DF.cut(-1, half, half), strict=False):
+        yield linear(f"{prefix}{name}.weight", view)
+    yield linear(f"{prefix}{names[2]}.weight", part[out])
+
+
+def experts(
+    prefix: str, branch: BranchViews, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[Tensor]:
+    """``gate`` (the router), and each expert on its own under ``experts``."""
+    w_in_EDF, w_out_EFD = branch["mixer.w_in_EDF"], branch["mixer.w_out_EFD"]
+    half = w_in_EDF.shape[-1] // 2
+    yield linear(f"{prefix}gate.weight", branch["mixer.w_router_DE"])
+    for e in range(w_in_EDF.shape[0]):
+        for name, view in zip(names, w_in_EDF[e].cut(-1, half, half), strict=False):
+            yield linear(f"{prefix}experts.{e}.{name}.weight", view)
+        yield linear(f"{prefix}experts.{e}.{names[2]}.weight", w_out_EFD[e])
+
+
+def shared_expert(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    """The expert that every token visits."""
+    yield from gated_mlp(prefix, branch, "mixer.w_shared_in_DF", "mixer.w_shared_out_FD")

@@ -1,0 +1,107 @@
+"""Golden files of published families, with PyTorch and transformers, in an environment of their own:
+
+    python3.11 -m venv /tmp/golden && /tmp/golden/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
+    /tmp/golden/bin/python tests/interop/generate.py NAME ...            # writes tests/interop/golden/NAME/
+    .venv/bin/python -m tests.interop.saved NAME DIR                     # our load, then our save
+    /tmp/golden/bin/python tests/interop/generate.py --check NAME DIR    # transformers opens DIR: the same logits?
+
+``golden/NAME/tiny.json`` is written by hand: ``model`` (class in transformers), ``config`` (its class), ``arguments`` of the
+configuration, ``seed``, ``atol`` for our logits (the family's noise floor), and where norms are stored as their distance from
+1 ``centred``, a regular expression found in their names. What is written beside it: ``config.json``,
+``tensors.json`` (names and shapes as the hub has them), ``logits.npz`` (float32, a document each) and ``new.json`` (greedy
+continuations).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from weights import NEW_TOKENS, PROMPTS, documents, weight
+
+GOLDEN = Path(__file__).parent / "golden"
+# The two likeliest tokens must be further apart, or rounding could choose between them.
+MARGIN = 1e-3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--check", action="store_true", help="compare a directory with what is stored: NAME DIR")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    if options.check:
+        check(*options.names)
+    else:
+        for name in options.names:
+            write(GOLDEN / name)
+
+
+def write(folder: Path) -> None:
+    tiny = json.loads((folder / "tiny.json").read_text())
+    with tempfile.TemporaryDirectory() as made:
+        config = getattr(transformers, tiny["config"])(**tiny["arguments"])
+        getattr(transformers, tiny["model"])(config).save_pretrained(made)
+        # The names of the hub, which are not those of the modules.
+        with safe_open(f"{made}/model.safetensors", "np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+        options = (tiny["seed"], tiny.get("centred", "(?!)"))
+        filled = {name: weight(name, tuple(shape), *options) for name, shape in shapes.items()}
+        save_file(filled, f"{made}/model.safetensors", metadata={"format": "pt"})
+        hub = json.loads(Path(made, "config.json").read_text())
+        logits, new = run(made, tiny)
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+    (folder / "tensors.json").write_text(json.dumps(shapes, indent=0) + "\n")
+    (folder / "new.json").write_text(json.dumps(new) + "\n")
+    np.savez_compressed(folder / "logits.npz", **{f"document_{i}": x for i, x in enumerate(logits)})
+    print(f"{folder.name}: {len(shapes)} tensors, logits of standard deviation {np.std(logits[0]):.2f}")
+
+
+def check(name: str, directory: str) -> None:
+    tiny = json.loads((GOLDEN / name / "tiny.json").read_text())
+    stored = np.load(GOLDEN / name / "logits.npz")
+    logits, new = run(directory, tiny)
+    worst = max(np.abs(x - stored[f"document_{i}"]).max() for i, x in enumerate(logits))
+    if worst > tiny["atol"] or new != json.loads((GOLDEN / name / "new.json").read_text()):
+        sys.exit(f"{name}: {directory} differs from the original by {worst:.1e}")
+    print(f"{name}: transformers {transformers.__version__} computes the same from {directory}, within {worst:.1e}")
+
+
+@torch.no_grad()
+def run(directory: str, tiny: dict) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Logits of each document, and the greedy continuations."""
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
+    model, told = getattr(transformers, tiny["model"]).from_pretrained(directory, output_loading_info=True, **options)
+    wrong = {what: keys for what, keys in told.items() if keys}
+    if wrong:
+        sys.exit(f"{directory}: {wrong}")
+    model.eval()
+    texts = documents(model.config.vocab_size, tiny["seed"])
+
+    def logits(ids):
+        return model(torch.tensor(np.array(ids))[None].long(), use_cache=False).logits[0].float().numpy()
+
+    new = []
+    for document, length in PROMPTS:
+        ids = texts[document][:length].tolist()
+        for _ in range(NEW_TOKENS):
+            last = logits(ids)[-1]
+            low, high = np.sort(last)[-2:]
+            if high - low < MARGIN:
+                sys.exit(f"{directory}: two tokens are equally likely; choose another seed")
+            ids.append(int(last.argmax()))
+        new.append(ids[length:])
+    return [logits(text) for text in texts], new
+
+
+if __name__ == "__main__":
+    main()

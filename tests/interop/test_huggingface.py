@@ -1,0 +1,124 @@
+"""Loading and saving: what is refused, where arrays come to lie, which bits they have."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from research.interop import huggingface
+from research.interop.stored_tensors import StoredTensors
+from research.models.families import family_of, model_config
+from research.sharding.mesh import MeshConfig, make_mesh
+from tests.interop.checkpoints import golden, stored_in, write_checkpoint
+
+NAME = "qwen3_next"
+
+
+@pytest.fixture(scope="module")
+def g():
+    return golden(NAME)
+
+
+def test_every_key_is_read_or_refused_by_name(g):
+    hub = {**g.hub, "rope_parameters": {**g.hub["rope_parameters"], "spin": 2}, "novelty": None, "hidden_act": "gelu"}
+    with pytest.raises(ValueError, match=r"hidden_act must be 'silu', got 'gelu'; nothing here reads novelty, .*spin"):
+        model_config(hub)
+    with pytest.raises(ValueError, match=r"config\.json needs linear_num_key_heads"):
+        model_config({name: value for name, value in g.hub.items() if name != "linear_num_key_heads"})
+
+
+def test_an_unknown_architecture():
+    with pytest.raises(
+        ValueError, match=r"model_type 'gru' with architectures \['GRU'\] is unknown; known are .*Llama"
+    ):
+        family_of({"model_type": "gru", "architectures": ["GRU"]})
+
+
+def test_all_that_is_wrong_with_the_tensors_at_once(g, tmp_path):
+    tensors = dict(g.tensors)
+    del tensors["model.norm.weight"]
+    tensors["model.extra"] = np.zeros(3, np.float32)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:5]
+    write_checkpoint(tmp_path, g.hub, tensors)
+    wrong = (
+        "1 tensors are missing: model.norm.weight; 1 tensors are unknown: model.extra; "
+        r"1 tensors are of another shape: lm_head.weight is \[5, 32\], must be \[61, 32\]"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        huggingface.load(tmp_path)
+
+
+def test_what_the_model_has_no_use_for_is_said(g, tmp_path):
+    said = []
+    write_checkpoint(tmp_path, g.hub, {**g.tensors, "mtp.fc.weight": np.zeros((2, 2), np.float32)})
+    huggingface.load(tmp_path, say=said.append)
+    assert said == ["left out 1 tensors that the model has no use for: mtp.fc.weight"]
+
+
+def test_damaged_files(g, tmp_path):
+    path = write_checkpoint(tmp_path, g.hub, g.tensors) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="ends before its tensors do"):
+        huggingface.load(tmp_path)
+    path.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        huggingface.load(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="holds no safetensors files"):
+        huggingface.load(tmp_path)
+
+
+def test_in_bfloat16_and_back(g, tmp_path):
+    halves = {name: values.astype(ml_dtypes.bfloat16) for name, values in g.tensors.items()}
+    model = huggingface.load(write_checkpoint(tmp_path / "original", g.hub, halves), jnp.bfloat16)
+    assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "bfloat16")
+    huggingface.save(model, g.hub, tmp_path / "again")
+    again = stored_in(tmp_path / "again")
+    for name, values in halves.items():
+        # Routers and rates are kept wider: the same values.
+        np.testing.assert_array_equal(again[name].astype(np.float32), values.astype(np.float32), err_msg=name)
+    assert again["lm_head.weight"].dtype == ml_dtypes.bfloat16
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_on_a_mesh(g, tmp_path):
+    write_checkpoint(tmp_path, g.hub, g.tensors)
+    whole = huggingface.load(tmp_path)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))):
+        spread = huggingface.load(tmp_path)
+        experts = spread.stages[0].branches[1].mixer.w_in_EDF[...]
+        assert experts.sharding.spec == jax.P(None, "expert", ("fsdp", "tensor"), None)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_scaled_float8(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(200, 130)).astype(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(0.5, 2, size=(2, 2)).astype(np.float32)
+    save_file({"w": values.view(np.uint8), "w_scale_inv": scales}, tmp_path / "model.safetensors")
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    stored = StoredTensors(tmp_path, (128, 128))
+    assert stored.shapes() == {"w": (200, 130)}
+    expected = values.astype(np.float32)
+    for i in range(2):
+        for j in range(2):
+            expected[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= scales[i, j]
+    np.testing.assert_array_equal(stored.read("w"), expected)
+
+
+def test_only_a_config_that_describes_the_model_is_saved(g, tmp_path):
+    model = huggingface.load(write_checkpoint(tmp_path / "original", g.hub, g.tensors))
+    other = {**g.hub, "num_experts_per_tok": 2}
+    with pytest.raises(ValueError, match=r"layers\.1\.mixer\.per_token is 2 there, 3 here"):
+        huggingface.save(model, other, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match="must be an empty directory or not exist yet"):
+        huggingface.save(model, g.hub, tmp_path / "original")
