@@ -48,7 +48,7 @@ def test_every_family_has_golden_files():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(name, directory):
-    """Of one document a row, of two packed into a row, and of tokens that come one at a time to a cache."""
+    """Of one document a row, and of two packed into a row."""
     g, model = made(name), huggingface.load(directory, say=silent)
     whole, first, second = g.documents
     tokens_BT = jnp.array([whole, [*first, *second]])
@@ -56,7 +56,6 @@ def test_logits(name, directory):
     alone_TV, packed_TV = read_at_once(model, tokens_BT, ids_BT)
     np.testing.assert_allclose(alone_TV, g.logits[0], rtol=0, atol=g.atol)
     np.testing.assert_allclose(packed_TV, np.concatenate(g.logits[1:]), rtol=0, atol=g.atol)
-    np.testing.assert_allclose(read_one_by_one(model, tokens_BT[:1])[0], g.logits[0], rtol=0, atol=g.atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +68,14 @@ def test_saved_again_bitwise(name, directory, tmp_path):
         np.testing.assert_array_equal(again[tensor], values, err_msg=tensor)
     assert huggingface.read_config(tmp_path / "again") == g.hub
     assert model_config(g.hub) == model.config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_that_come_one_at_a_time(name, directory):
+    g, model = made(name), huggingface.load(directory, say=silent)
+    logits_BTV = read_one_by_one(model, jnp.array(g.documents[0])[None])
+    np.testing.assert_allclose(logits_BTV[0], g.logits[0], rtol=0, atol=g.atol)
 
 
 @pytest.mark.slow

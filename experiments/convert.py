@@ -1,0 +1,150 @@
+"""Published checkpoints to runs and back: ``python -m experiments.convert HF_DIR OUT_DIR``.
+
+What comes out is a work directory that experiments.generate and experiments.evaluate open like any run's.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from research.config import ConfigError
+
+# Small files of a Hugging Face directory that travel with its config.json.
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    source, target = (Path(path).expanduser().resolve() for path in (options.source, options.target))
+    try:
+        if options.to_huggingface:
+            to_huggingface(source, target, options.like)
+        else:
+            from_huggingface(source, target, options.dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"wrote {target}")
+    return 0
+
+
+def from_huggingface(source: Path, target: Path, dtype: str) -> None:
+    """Writes a work directory whose one checkpoint, of step 0, is the model of a Hugging Face directory.
+
+    Raises:
+      ValueError: what ``huggingface.load`` refuses, or ``target`` exists and isn't empty.
+    """
+    from flax import nnx
+
+    from research.config import to_dict
+    from research.data.pipeline import DataConfig
+    from research.data.tokenization import Bytes, TokenizerJson, build_tokenizer
+    from research.interop import huggingface
+    from research.interop.stored_tensors import whole_directory
+    from research.training.checkpoints import Checkpoints
+    from research.training.config import ExperimentConfig
+    from research.training.optimizers import OptimizerConfig
+    from research.training.runs import write_config
+
+    with whole_directory(target) as unfinished:
+        hub = huggingface.read_config(source)
+        told = TokenizerJson(os.fspath(source / TOKENIZER_FILE)) if (source / TOKENIZER_FILE).is_file() else Bytes()
+        if isinstance(told, Bytes):
+            _tell(f"{source} holds no {TOKENIZER_FILE}: text is read as bytes")
+        tokenizer = build_tokenizer(told)
+        if tokenizer.vocab_size > hub.get("vocab_size", tokenizer.vocab_size) and not isinstance(told, Bytes):
+            raise ValueError(
+                f"{source / TOKENIZER_FILE} must have at most the vocab_size of config.json, {hub['vocab_size']}, "
+                f"got {tokenizer.vocab_size}"
+            )
+        model = huggingface.load(source, dtype, say=_tell)
+        length = min(hub.get("max_position_embeddings") or 2048, 2048)
+        data = DataConfig(tokenizer=told, sequence_length=length, held_out_bytes=0)
+        config = ExperimentConfig(model.config, data, OptimizerConfig())
+        texts = {name: (source / name).read_text("utf-8") for name in BESIDE if (source / name).is_file()}
+        about = {
+            "step": 0,
+            "config": to_dict(config),
+            "corpus_hash": "",
+            "huggingface": {"config": hub, "texts": texts},
+        }
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        checkpoints = Checkpoints(unfinished)
+        checkpoints.save(0, {"params": params, "variables": variables}, about=about, tokenizer=tokenizer.to_json())
+        checkpoints.wait()
+        write_config(unfinished, config)
+
+
+def to_huggingface(source: Path, target: Path, like: str | None) -> None:
+    """Writes a Hugging Face directory with the model of a work directory's newest checkpoint.
+
+    Args:
+      like: a config.json that describes the model, or a directory with one; None is that which the run was converted from.
+
+    Raises:
+      ValueError: none of them, or it describes another model; or ``target`` exists and isn't empty.
+    """
+    from research.interop import huggingface
+    from research.training.checkpoints import read_about
+    from research.training.runs import find_checkpoint, load_for_inference
+
+    checkpoint = find_checkpoint(source, _tell)
+    held: Mapping[str, Any] = read_about(checkpoint).get("huggingface") or {}
+    if like is None and not held:
+        raise ConfigError(f"{source} was not converted from Hugging Face: name a config.json of its model with --like")
+    folder = None if like is None else Path(like).expanduser().resolve()
+    folder = folder.parent if folder is not None and folder.is_file() else folder
+    hub = held["config"] if folder is None else huggingface.read_config(folder)
+    texts = dict(held.get("texts", {}))
+    if folder is not None:
+        texts |= {name: (folder / name).read_text("utf-8") for name in BESIDE if (folder / name).is_file()}
+    trained = load_for_inference(source, _tell)
+    tokenizer = json.loads(trained.tokenizer.to_json()).get("tokenizer")
+    if tokenizer is not None:
+        texts[TOKENIZER_FILE] = json.dumps(tokenizer, ensure_ascii=False)
+    huggingface.save(trained.model, hub, target, texts)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m experiments.convert",
+        description=(
+            "Reads a Hugging Face directory (config.json, safetensors files, tokenizer.json) and writes a work directory\n"
+            "that generate and evaluate open; or the other way round."
+        ),
+        epilog=(
+            "examples:\n"
+            "  python -m experiments.convert Qwen3-0.6B runs/qwen3 --dtype bfloat16\n"
+            '  python -m experiments.generate runs/qwen3 --prompt "Once"\n'
+            "  python -m experiments.convert --to-huggingface runs/qwen3 tuned\n\n"
+            "exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C"
+        ),
+    )
+    parser.add_argument("source", metavar="HF_DIR", help="what to read; with --to-huggingface a work directory")
+    parser.add_argument("target", metavar="OUT_DIR", help="what to write: an empty directory, or none yet")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="to store parameters and compute in (default: float32)",
+    )
+    parser.add_argument("--to-huggingface", action="store_true", help="a work directory into a Hugging Face directory")
+    parser.add_argument(
+        "--like",
+        metavar="PATH",
+        help="with --to-huggingface: the config.json to write, for a run that was not converted",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(main))
