@@ -7,7 +7,11 @@ import pytest
 from experiments.lecture.collapse import BALANCERS, EXPERTS, run
 
 # A loss or a bias needs longer than what balances by construction.
-STEPS = dict.fromkeys(BALANCERS, 600) | {"switch loss": 1000, "loss-free bias": 1000}
+CONSTRUCTED = ("sinkhorn", "base", "expert choice")
+STEPS = {name: 600 if name in CONSTRUCTED else 1000 for name in BALANCERS}
+# These level devices, or have no gradient for an expert that nobody visits: fewer experts die, not none.
+DEVICES = ("device loss", "communication loss")
+PARTLY = ("importance loss", "load loss", "importance and load", *DEVICES)
 
 
 @functools.cache
@@ -23,6 +27,10 @@ def test_nothing_balances_by_itself():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BALANCERS if name != "none"])
 def test_every_balancer_keeps_experts_in_use(name):
-    balanced = run(BALANCERS[name], STEPS[name])
-    assert balanced["dead_experts"] == 0 and balanced["max_violation"] < 1
-    assert balanced["error"] < 0.8 * collapsed(STEPS[name])["error"]
+    balanced, before = run(BALANCERS[name], STEPS[name]), collapsed(STEPS[name])
+    assert balanced["error"] < 0.8 * before["error"]
+    assert balanced["dead_experts"] <= (before["dead_experts"] // 2 if name in PARTLY else 0)
+    if name in DEVICES:
+        assert balanced["device_violation"] < 0.3 < before["device_violation"]
+    else:
+        assert balanced["max_violation"] < 1

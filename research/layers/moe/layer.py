@@ -47,14 +47,16 @@ class MoE(nnx.Module):
         c, D, E, F, S = config, width, config.experts, config.hidden, config.shared_hidden
         gain, inner, gates = depth**-0.5, config.latent or width, config.activation.matrices
         self.config = config
+        noisy = isinstance(c.router, NoisyTopKRouter) and not c.router.sigma
         # Routers compute in float32 whatever the rest does.
         if c.router_hidden:
             self.w_router_DF = normal(rngs, (D, c.router_hidden), jnp.float32, P("fsdp", None), fan_in=D)
             self.w_router_FE = normal(rngs, (c.router_hidden, E), jnp.float32, P("fsdp", None), fan_in=c.router_hidden)
         elif self._reads_logits:
-            self.w_router_DE = normal(rngs, (D, E), jnp.float32, P("fsdp", None), fan_in=D)
+            # Learned noise starts with noise alone, so that every expert is in use (Shazeer et al. 2017, appendix A).
+            gain_in = 0.0 if noisy else 1.0
+            self.w_router_DE = normal(rngs, (D, E), jnp.float32, P("fsdp", None), fan_in=D, gain=gain_in)
         self.b_router_E = constant(jnp.zeros(E), jnp.float32, P(None)) if c.router_bias else None
-        noisy = isinstance(c.router, NoisyTopKRouter) and not c.router.sigma
         self.w_noise_DE = constant(jnp.zeros((D, E)), jnp.float32, P("fsdp", None)) if noisy else None
         policy = isinstance(c.router, ReinforceRouter)
         self.w_baseline_D1 = constant(jnp.zeros((D, 1)), jnp.float32, P("fsdp", None)) if policy else None
