@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from research.layers.attention import AttentionConfig
+from research.layers.mla import MLAConfig
+from research.layers.mlp import MLPConfig
+from research.layers.moe import MoEConfig
 from research.layers.norms import RMSNormConfig
 from research.models.config import ModelConfig, Residual
 from research.models.hub.keys import Keys
@@ -143,3 +146,35 @@ def experts(
 def shared_expert(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     """The expert that every token visits."""
     yield from gated_mlp(prefix, branch, "mixer.w_shared_in_DF", "mixer.w_shared_out_FD")
+
+
+def feed_forward(prefix: str, branch: BranchViews, shared: str = "shared_expert") -> Iterator[Tensor]:
+    """A gated MLP, or experts with the selection bias, the shared expert and its gate where the model has them."""
+    if isinstance(branch.residual.mixer, MLPConfig):
+        yield from gated_mlp(prefix, branch)
+        return
+    c = branch.mixer(MoEConfig)
+    yield from experts(prefix, branch)
+    if c.selection_bias:
+        yield joined(f"{prefix}gate.e_score_correction_bias", branch["mixer.bias_E"])
+    if c.shared_hidden:
+        yield from shared_expert(f"{prefix}{shared}.", branch)
+    if c.shared_gate:
+        yield linear(f"{prefix}{shared}_gate.weight", branch["mixer.w_shared_gate_D1"])
+
+
+def latent_attention(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    """``kv_a_proj_with_mqa`` and ``kv_b_proj``, whose every head is [key | value]; ``q_proj``, or ``q_a_proj`` and
+    ``q_b_proj``."""
+    c = branch.mixer(MLAConfig)
+    if c.query_latent is None:
+        yield linear(f"{prefix}q_proj.weight", branch["mixer.w_query_RN"])
+    else:
+        yield linear(f"{prefix}q_a_proj.weight", branch["mixer.w_query_down_DR"])
+        yield joined(f"{prefix}q_a_layernorm.weight", branch["mixer.query_norm.scale_D"])
+        yield linear(f"{prefix}q_b_proj.weight", branch["mixer.w_query_RN"])
+    yield linear(f"{prefix}kv_a_proj_with_mqa.weight", branch["mixer.w_down_DK"])
+    yield joined(f"{prefix}kv_a_layernorm.weight", branch["mixer.latent_norm.scale_D"])
+    spread = branch["mixer.w_key_HKN"].T, branch["mixer.w_value_HVK"]
+    yield joined(f"{prefix}kv_b_proj.weight", *spread, axis=1, shape=(-1, c.latent))
+    yield linear(f"{prefix}o_proj.weight", branch["mixer.w_out_ND"])
