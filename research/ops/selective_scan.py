@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of
-from research.ops.linear_attention.context_parallel import _compose as compose
-from research.ops.linear_attention.context_parallel import _previous_id as previous_id
+from research.ops.linear_attention.context_parallel import compose, previous_id
 from research.ops.linear_attention.segments import real_and_reset, select
 from research.ops.linear_attention.varying import vary_alike
 

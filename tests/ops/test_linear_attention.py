@@ -109,17 +109,25 @@ def test_the_default_as_shipped(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "T"), [*(("gated_deltanet", T) for T in (1, 2, 15, 63, 64, 500, 1024)), ("kda", 2), ("kda", 500)]
-)
-def test_every_length(name, T):
+@pytest.mark.parametrize("T", [1, 2, 15, 63, 64, 65, 500, 1024])
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("implementation", ["recurrent", "quadratic", "chunked"])
+def test_every_length(implementation, name, T):
     x, cotangents = make(T, 1, T, 1, 2, 16, 12, *MECHANISMS[name])
-    check(run(x, cotangents), expected(x, cotangents))
+    check(run(x, cotangents, implementation=implementation), expected(x, cotangents))
+
+
+DELTA = ("deltanet", "gated_deltanet", "kda")
+LONG = [(name, form, T) for name in DELTA for form in ("recurrent", "chunked") for T in (256, 1024)]
 
 
 @pytest.mark.parametrize(
     ("name", "implementation", "T"),
-    [("deltanet", None, 256), ("gated_deltanet", None, 64), ("kda", None, 64), ("gated_deltanet", "quadratic", 64)],
+    [
+        *[("deltanet", "chunked", 256), ("gated_deltanet", "chunked", 64), ("kda", "chunked", 64)],
+        ("gated_deltanet", "quadratic", 64),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in LONG],
+    ],
 )
 def test_correlated_keys_with_strong_writes(name, implementation, T):
     """Cosine 0.9 and β 1.9: Newton–Schulz and Neumann series lose every digit here."""
@@ -178,7 +186,7 @@ def test_float64_under_x64():
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     T=st.integers(1, 80),
     heads=st.sampled_from([(1, 1), (1, 3), (2, 4)]),
@@ -190,8 +198,8 @@ def test_float64_under_x64():
 def test_any_shape(T, heads, K, V, name, chunk_size):
     x, cotangents = make(T, 1, T, *heads, K, V, *MECHANISMS[name])
     got = run(x, cotangents, implementation="chunked", chunk_size=chunk_size)
-    # In one or three dimensions the delta rule erases the initial state: what has decayed to nothing has no ratio.
-    check(got, expected(x, cotangents), bound=3e-6, floor=1e-2)
+    # In one dimension the delta rule's map of a chunk, 1 − k X β k, is a small number left of one: what cancels has no ratio.
+    check(got, expected(x, cotangents), bound=2e-6 if K > 1 else 1e-5, floor=1e-2)
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

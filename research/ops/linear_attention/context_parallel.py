@@ -47,7 +47,7 @@ def context_parallel(
         g = jnp.broadcast_to(g, (B, T, H))
     real_BT = None
     if segment_ids is not None:
-        real_BT, reset_BT = segments.real_and_reset(segment_ids, _previous_id(segment_ids, axis_name))
+        real_BT, reset_BT = segments.real_and_reset(segment_ids, previous_id(segment_ids, axis_name))
         q_BTGK, k_BTGK, v_BTHV, g, beta = segments.fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta, dtype)
     options: dict[str, Any] = dict(log_decay=g, scale=scale, implementation=implementation, chunk_size=chunk_size)
     if beta is None:
@@ -58,14 +58,14 @@ def context_parallel(
             decay = jnp.exp(jnp.cumsum(g if g.ndim == 4 else g[..., None], axis=1))
             to_BTHK = decay * to_BTHK
             M = decay[:, -1, :, :, None]
-        incoming_BHKV, final_BHKV = _compose(lambda M, S: S if M is None else M * S, M, N_BHKV, state_BHKV, axis_name)
+        incoming_BHKV, final_BHKV = compose(lambda M, S: S if M is None else M * S, M, N_BHKV, state_BHKV, axis_name)
     else:
         wide_BTHV = jnp.concatenate([v_BTHV.astype(dtype), jnp.zeros((B, T, H, K), dtype)], axis=-1)
         eye = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
         start = jnp.concatenate([jnp.zeros((B, H, K, V), dtype), eye], axis=-1)
         wide_BTHV, end = linear_attention(q_BTGK, k_BTGK, wide_BTHV, beta=beta, initial_state=start, **options)
         o_BTHV, to_BTHK = wide_BTHV[..., :V], wide_BTHV[..., V:]
-        incoming_BHKV, final_BHKV = _compose(_matmul, end[..., V:], end[..., :V], state_BHKV, axis_name)
+        incoming_BHKV, final_BHKV = compose(_matmul, end[..., V:], end[..., :V], state_BHKV, axis_name)
     carried_BTHV = jnp.einsum("BTHK,BHKV->BTHV", to_BTHK, incoming_BHKV)
     o_BTHV = (o_BTHV.astype(dtype) + carried_BTHV).astype(v_BTHV.dtype)
     return o_BTHV if real_BT is None else segments.select(real_BT, o_BTHV), final_BHKV
@@ -75,7 +75,7 @@ def _matmul(M_BHKK, S_BHKV):
     return jnp.einsum("BHij,BHjv->BHiv", M_BHKK, S_BHKV, precision=jax.lax.Precision.HIGHEST)
 
 
-def _compose(apply, M, N_BHKV, state_BHKV, axis_name):
+def compose(apply, M, N_BHKV, state_BHKV, axis_name):
     """(the state that enters this shard, the state after the last shard)."""
     shards, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     M_all, N_all = jax.lax.all_gather((M, N_BHKV), axis_name)
@@ -89,7 +89,7 @@ def _compose(apply, M, N_BHKV, state_BHKV, axis_name):
     return jax.lax.dynamic_index_in_dim(entering, here, keepdims=False), final_BHKV
 
 
-def _previous_id(segment_ids_BT, axis_name):
+def previous_id(segment_ids_BT, axis_name):
     """The last non-zero id on the shards before this one, 0 for none."""
     T = segment_ids_BT.shape[1]
     position_BT = jnp.where(segment_ids_BT > 0, jnp.arange(T, dtype=jnp.int32), -1)
