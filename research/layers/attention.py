@@ -9,7 +9,7 @@ from flax import nnx
 
 from research.axes import Array, Float
 from research.layers import caches
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNorm, RMSNormConfig
 from research.layers.parameters import constant, normal, project, read
 from research.ops.attention import attention
@@ -120,6 +120,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, state: KeyValueCache | None, context: Context):
         c, dtype = self.config, x_BTD.dtype
         B, T, _ = x_BTD.shape
+        x_BTD = without_padding(x_BTD, context)
         in_BTN = project(x_BTD, read(self.w_in_DN, dtype))
         if self.bias_N is not None:
             in_BTN = in_BTN + read(self.bias_N, dtype)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.axes import Array, Int
+from research.ops.linear_attention.segments import select
 
 
 @jax.tree_util.register_dataclass
@@ -46,3 +47,10 @@ class HandedOn(NamedTuple):
 
     aux: Any
     selected_BTN: Int[Array, "B T N"] | None
+
+
+def without_padding(x_BTD, context: Context | None):
+    """Zeros for padding, so that nothing that stands there (NaN included) meets a weight, forwards or backwards."""
+    if context is None or context.segment_ids_BT is None:
+        return x_BTD
+    return select(context.segment_ids_BT > 0, x_BTD)

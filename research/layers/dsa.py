@@ -14,7 +14,7 @@ from flax import nnx
 
 from research.axes import Array, Float
 from research.layers import caches
-from research.layers.context import Context, HandedOn
+from research.layers.context import Context, HandedOn, without_padding
 from research.layers.mla import MLA, MLAConfig, absorb, read_out, spread
 from research.layers.parameters import constant, normal, project, read
 from research.ops.attention import attention, tokens_of
@@ -124,8 +124,7 @@ class DSA(MLA):
 
     def __call__(self, x_BTD, state: Any, context: Context) -> tuple[Any, Any, Any]:
         c = self.config
-        if context.segment_ids_BT is not None:
-            x_BTD = jnp.where((context.segment_ids_BT > 0)[..., None], x_BTD, 0)
+        x_BTD = without_padding(x_BTD, context)
         q_BTHK, latent_BTR = self.queries(x_BTD, context)
         index = None if self.indexer is None else self.indexer(x_BTD, latent_BTR, context)
         batched = (

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNormConfig
 from research.layers.parameters import dt_bias, log_rate, normal, project, read
 from research.layers.recurrence import (
@@ -23,7 +23,6 @@ from research.layers.recurrence import (
     empty_state,
     heads,
     next_state,
-    without_padding,
 )
 from research.ops.decays import step_size
 from research.ops.norms import l2_norm

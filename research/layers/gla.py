@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNormConfig
 from research.layers.parameters import constant, normal, project, read
 from research.layers.recurrence import (
@@ -17,7 +17,6 @@ from research.layers.recurrence import (
     empty_state,
     heads,
     next_state,
-    without_padding,
 )
 from research.sharding.mesh import P
 

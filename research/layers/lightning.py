@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNormConfig
 from research.layers.parameters import normal, project, read
 from research.layers.place import Place, Placed
@@ -17,7 +17,6 @@ from research.layers.recurrence import (
     empty_state,
     heads,
     next_state,
-    without_padding,
 )
 from research.ops.decays import lightning_log_decay
 from research.sharding.mesh import P, declare

@@ -5,7 +5,7 @@ import functools
 
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNorm, RMSNormConfig
 from research.layers.parameters import normal, project, read
 from research.layers.recurrence import (
@@ -17,7 +17,6 @@ from research.layers.recurrence import (
     heads,
     next_state,
     sequence_or_step,
-    without_padding,
 )
 from research.ops.normalised_linear_attention import (
     FeatureMap,

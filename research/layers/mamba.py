@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.parameters import constant, dt_bias, normal, project, read
 from research.layers.recurrence import (
     RecurrentState,
@@ -15,7 +15,6 @@ from research.layers.recurrence import (
     empty_state,
     next_state,
     sequence_or_step,
-    without_padding,
 )
 from research.ops.selective_scan import check_form, selective_scan, selective_scan_step
 from research.sharding.mesh import P

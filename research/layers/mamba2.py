@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.parameters import constant, dt_bias, log_rate, normal, project, read
 from research.layers.recurrence import (
     RecurrentState,
@@ -17,7 +17,6 @@ from research.layers.recurrence import (
     empty_state,
     heads,
     next_state,
-    without_padding,
 )
 from research.ops.decays import step_size
 from research.ops.norms import rms_norm

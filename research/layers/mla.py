@@ -8,7 +8,7 @@ from flax import nnx
 
 from research.axes import Array, Float
 from research.layers import caches
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.norms import RMSNormConfig
 from research.layers.parameters import normal, project, read
 from research.ops.attention import attention
@@ -119,6 +119,7 @@ class MLA(nnx.Module):
         self.w_out_ND = normal(rngs, (out, D), param_dtype, P(None, "fsdp"), fan_in=out, gain=depth**-0.5)
 
     def __call__(self, x_BTD, state: LatentCache | None, context: Context) -> tuple[Any, Any, Any]:
+        x_BTD = without_padding(x_BTD, context)
         q_BTHK, _ = self.queries(x_BTD, context)
         batched = (q_BTHK, self.latents(x_BTD, context), state, context.segment_ids_BT, context.cached_B)
         o_BTHV, state = per_shard(self._attend, batched, self.spreading(x_BTD.dtype))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.parameters import normal, project, read
 from research.sharding.mesh import P
 
@@ -36,6 +36,7 @@ class MLP(nnx.Module):
         self.w_out_FD = normal(rngs, (F, D), param_dtype, P(None, "fsdp"), fan_in=F, gain=depth**-0.5)
 
     def __call__(self, x_BTD, state=None, context: Context | None = None):
+        x_BTD = without_padding(x_BTD, context)
         gate_BTF, up_BTF = jnp.split(project(x_BTD, read(self.w_in_DF, x_BTD.dtype)), 2, axis=-1)
         return project(jax.nn.silu(gate_BTF) * up_BTF, read(self.w_out_FD, x_BTD.dtype)), state, None
 

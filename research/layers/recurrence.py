@@ -12,7 +12,6 @@ from research.layers.parameters import read
 from research.ops.causal_conv import causal_conv
 from research.ops.linear_attention import linear_attention, linear_attention_step
 from research.ops.linear_attention.dispatch import check_implementation
-from research.ops.linear_attention.segments import select
 from research.sharding.mesh import per_shard
 
 
@@ -37,11 +36,6 @@ def check_form(config) -> None:
         check_implementation(config.implementation, config.chunk_size)
     except NotImplementedError as error:
         raise ValueError(str(error)) from error
-
-
-def without_padding(x_BTD, context: Context):
-    """Zeros for padding, so that nothing that stands there (NaN included) meets a weight, forwards or backwards."""
-    return x_BTD if context.segment_ids_BT is None else select(context.segment_ids_BT > 0, x_BTD)
 
 
 def heads(x_BTN, *sizes: tuple[int, int]):

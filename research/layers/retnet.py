@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.parameters import normal, project, read
 from research.layers.recurrence import (
     RecurrentState,
@@ -15,7 +15,6 @@ from research.layers.recurrence import (
     empty_state,
     heads,
     next_state,
-    without_padding,
 )
 from research.ops.decays import retention_log_decay
 from research.ops.norms import layer_norm

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from research.axes import Array
 from research.layers import caches
 from research.layers.attention import KeyValueCache
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.moe import RouterBias, TopKRouter
 from research.layers.parameters import normal, project, read
 from research.ops import balancing
@@ -105,6 +106,11 @@ class RoutedAttention(nnx.Module):
     def __call__(self, x_BTD, state: KeyValueCache | None, context: Context):
         c, dtype = self.config, x_BTD.dtype
         B, T, _ = x_BTD.shape
+        if jnp.finfo(dtype).bits < 32:
+            warnings.warn(
+                f"routed attention computed in {dtype} is known to diverge: train it in float32", stacklevel=2
+            )
+        x_BTD = without_padding(x_BTD, context)
         kv_BTN = project(x_BTD, read(self.w_kv_DN, dtype))
         k_BTGK, v_BTGK = (n.reshape(B, T, c.key_heads, c.head_width) for n in jnp.split(kv_BTN, 2, axis=-1))
         k_BTGK = rope(k_BTGK, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)

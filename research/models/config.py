@@ -22,12 +22,14 @@ from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, ReinforceRouter
 from research.layers.norms import RMSNormConfig
 from research.layers.retnet import RetNetConfig
+from research.layers.routed_attention import RoutedAttentionConfig
 from research.ops.dynamic_chunking import ChunkStatistics, ratio_loss
 
 # Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
 TokenMixer = (
     LinearAttentionConfig | RetNetConfig | LightningConfig | MambaConfig | Mamba2Config | GLAConfig
     | DeltaNetConfig | GatedDeltaNetConfig | KDAConfig | AttentionConfig | MLAConfig | DSAConfig
+    | RoutedAttentionConfig
 )  # fmt: skip
 DType = Literal["float32", "bfloat16", "float64"]
 

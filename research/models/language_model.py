@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.axes import Array, Float, Int
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.parameters import normal, project, read
 from research.layers.place import Place
 from research.models.config import ModelConfig
@@ -81,7 +81,7 @@ class LanguageModel(nnx.Module):
         cached_B = None if cache is None else cache.length_B
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
         context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, deterministic=key is None)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = without_padding(self.embed(tokens_BT), context)  # padding may hold any id, out of range included
         states, auxes = [], []
         for index, stacked in enumerate(self.stages):
             before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]

@@ -30,6 +30,7 @@ from research.layers.moe import MoEConfig
 from research.layers.place import Place, Placed
 from research.layers.recurrence import RecurrentState
 from research.layers.retnet import RetNetConfig
+from research.layers.routed_attention import RoutedAttentionConfig
 from tests.layers import definitions
 
 B, T, D = 2, 11, 12
@@ -84,6 +85,9 @@ MIXERS = RECURRENT | {
     "mla": MLAConfig(heads=3, nope_width=6, rope_width=4, value_width=5, latent=8),
     "dsa": DSAConfig(
         heads=3, nope_width=6, rope_width=4, value_width=5, latent=8, index_heads=8, index_width=8, top_k=4
+    ),
+    "routed attention": RoutedAttentionConfig(
+        experts=4, per_token=2, heads=2, key_heads=1, head_width=6, rotary_fraction=1.0
     ),
     "moe": MoEConfig(experts=4, per_token=2, hidden=6, shared_hidden=6, shared_gate=True),
     "mlp": MLPConfig(hidden=10),
@@ -197,11 +201,11 @@ def test_split_anywhere_and_carried_on_is_whole(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_padding_changes_nothing(name):
-    """Whatever stands in the padding, NaN for what has a recurrent state: values and every gradient stay as they were."""
+    """Whatever stands in the padding, NaN too: values and every gradient stay as they were."""
     mixer, real_BT1 = mixer_of(name), (PACKED > 0)[..., None]
     clean, gradients = train(mixer, inputs(PACKED), PACKED)
-    garbage = np.nan if name in RECURRENT else 7.0
-    same, same_gradients = train(mixer, inputs(PACKED, garbage), PACKED)
+    same, same_gradients = train(mixer, inputs(PACKED, np.nan), PACKED)
+    chex.assert_tree_all_finite(same)
     chex.assert_trees_all_close(np.where(real_BT1, clean, 0), np.where(real_BT1, same, 0), atol=1e-6)
     chex.assert_tree_all_finite(same_gradients)
     chex.assert_trees_all_close(gradients, same_gradients, atol=1e-5)

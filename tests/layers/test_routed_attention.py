@@ -1,5 +1,6 @@
 """Routed attention against its definition, token by token and head by head; cached and packed."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.config import from_json, to_json
 from research.layers.context import Context
 from research.layers.moe import TopKRouter
 from research.layers.routed_attention import RoutedAttentionConfig
+from research.models.auxiliaries import Auxiliaries, auxiliary_losses
+from research.models.config import ModelConfig, Residual
+from research.models.language_model import LanguageModel
 from research.sharding.mesh import MeshConfig, batch_sharding, make_mesh
 
 B, T, D = 2, 7, 8
@@ -97,6 +102,23 @@ def test_gradients_on_a_mesh():
     chex.assert_tree_all_finite(expected)
     for one, many in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_preset_may_ask_for_it():
+    """As a token mixer of a model: its configuration as JSON and by override, its losses in the model's."""
+    own = RoutedAttentionConfig(experts=2, per_token=1, heads=1, key_heads=1, head_width=4, rotary_fraction=0.0)
+    config = ModelConfig(11, D, (Residual("heads", own),), ("heads",), repeats=2)
+    assert from_json(ModelConfig, to_json(config)) == config
+    tokens_BT = jnp.zeros((B, T), jnp.int32)
+
+    def losses():
+        model = LanguageModel(config, rngs=nnx.Rngs(params=0))
+        return auxiliary_losses(model, Auxiliaries(model(tokens_BT).aux))
+
+    assert set(jax.eval_shape(losses)) == {"balance_loss", "z_loss"}
+    low = dataclasses.replace(config, dtype="bfloat16")
+    with pytest.warns(UserWarning, match="routed attention computed in bfloat16 is known to diverge"):
+        jax.eval_shape(lambda: LanguageModel(low, rngs=nnx.Rngs(params=0))(tokens_BT).logits_BTV)
 
 
 def test_what_cannot_be():

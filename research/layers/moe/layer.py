@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.context import Context
+from research.layers.context import Context, without_padding
 from research.layers.moe.config import Dropless, MoEConfig
 from research.layers.moe.experts import batch_shards, kept_experts, own_rows, run_experts, visits, whole_batch
 from research.layers.moe.routers import (
@@ -94,6 +94,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD, state, context: Context):
         dtype = x_BTD.dtype
+        x_BTD = without_padding(x_BTD, context)
         latent_BTD = None if self.w_down_DL is None else project(x_BTD, read(self.w_down_DL, dtype))
         batched = (x_BTD, latent_BTD, context.segment_ids_BT, self._token_ids(context), self._row_keys(x_BTD, context))
         weights, specs = self._expert_weights(dtype)
