@@ -37,8 +37,11 @@ MESHES = {
     "4x2": MeshConfig(4, expert=2),
     "8x1": MeshConfig(8),
     "1x4, tensor 2": MeshConfig(1, expert=4, tensor=2),
+    "2x2, tensor 2": MeshConfig(2, expert=2, tensor=2),
+    "4x1, tensor 2": MeshConfig(4, tensor=2),
     "fsdp 2 x2, tensor 2": MeshConfig(1, fsdp=2, expert=2, tensor=2),
 }
+LONG = ("2x2, tensor 2", "4x1, tensor 2")
 
 
 @functools.cache
@@ -101,7 +104,7 @@ def compare(config, mesh_config, spoil=lambda params: params):
     return actual
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in MESHES])
 def test_every_mesh_equals_one_device(name):
     (_, (y_BTD, _, _)), (gradients, dx_BTD) = compare(CONFIG, MESHES[name])
     assert jax.typeof(y_BTD).sharding.spec[0] == BATCH and jax.typeof(dx_BTD).sharding.spec[0] == BATCH
