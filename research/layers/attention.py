@@ -28,7 +28,7 @@ class AttentionConfig:
       rope_theta, rope_layout, rope_scaling: as in ``research.ops.rope``.
       gated: the output times a sigmoid of the input, per channel (Qwen3-Next; Qiu et al. 2025, arXiv 2505.06708).
       qk_norm: on queries and keys, before RoPE; ``qk_norm_over`` each head, or the whole projection (OLMoE).
-      rms_after_rope: queries and keys divided by their root mean square after RoPE, eps 1e-6 (Llama 4).
+      rms_after_rope: queries and keys divided by their root mean square after RoPE (Llama 4), eps ``rms_after_rope_eps``.
       clip_qkv: queries, keys and values are cut to ±this, after their norm and before RoPE (DBRX, OLMoE).
       window: places a token sees, itself included (Mistral, gpt-oss). The cache then holds so many tokens.
       chunk: a token sees its own run of so many places alone (Llama 4). The cache then holds so many tokens.
@@ -51,6 +51,7 @@ class AttentionConfig:
     qk_norm: RMSNormConfig | None = RMSNormConfig()
     qk_norm_over: Literal["head", "projection"] = "head"
     rms_after_rope: bool = False
+    rms_after_rope_eps: float = 1e-6
     clip_qkv: float | None = None
     window: int | None = None
     chunk: int | None = None
@@ -166,7 +167,9 @@ class Attention(nnx.Module):
         turn = {"rotary_dim": c.rotary_dim, "theta": c.rope_theta, "layout": c.rope_layout, "scaling": c.rope_scaling}
         q_BTHK = rope(q_BTHK, context.positions_BT, **turn)
         k_BTGK = rope(k_BTGK, context.positions_BT, **turn)
-        return (rms_norm(q_BTHK), rms_norm(k_BTGK)) if c.rms_after_rope else (q_BTHK, k_BTGK)
+        if not c.rms_after_rope:
+            return q_BTHK, k_BTGK
+        return rms_norm(q_BTHK, eps=c.rms_after_rope_eps), rms_norm(k_BTGK, eps=c.rms_after_rope_eps)
 
     def _attend(self, batched, sinks_H):
         q_BTHK, k_BTGK, v_BTGK, temperature_BT, cache, segment_ids_BT, cached_B = batched

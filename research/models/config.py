@@ -140,6 +140,7 @@ class ModelConfig:
       repeats: how often the pattern runs.
       final_norm: before the head.
       tie_embeddings: the head reads with the embedding's own matrix.
+      embedding_scale, logit_scale: factors on what is embedded, and on the logits (Grok-1, MiniCPM).
       dtype: computed in. Routers, states and losses stay in float32.
       param_dtype: parameters are stored in.
       remat: recompute each unit in the backward pass instead of storing its activations.
@@ -155,6 +156,8 @@ class ModelConfig:
     repeats: int = 1
     final_norm: RMSNormConfig = RMSNormConfig()
     tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     dtype: DType = "float32"
     param_dtype: DType = "float32"
     remat: bool = False

@@ -97,13 +97,15 @@ class LanguageModel(nnx.Module):
         return self.final_norm(x_BTD), cache, tuple(auxes)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return look_up(read(self.embedding_VD, self.config.compute_dtype), tokens_BT)
+        x_BTD = look_up(read(self.embedding_VD, self.config.compute_dtype), tokens_BT)
+        return x_BTD if self.config.embedding_scale == 1 else x_BTD * self.config.embedding_scale
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head on normalised hidden states; float32 or wider."""
         dtype = x_BTD.dtype
         head_DV = read(self.embedding_VD, dtype).T if self.head_DV is None else read(self.head_DV, dtype)
-        return project(x_BTD, head_DV, dtype=jnp.promote_types(x_BTD.dtype, jnp.float32))
+        logits_BTV = project(x_BTD, head_DV, dtype=jnp.promote_types(x_BTD.dtype, jnp.float32))
+        return logits_BTV if self.config.logit_scale == 1 else logits_BTV * self.config.logit_scale
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> Cache:
         """An empty cache for ``batch`` rows of up to ``max_length`` tokens; attention's keys and values are stored in
