@@ -169,11 +169,11 @@ def _check(
 
 def _fp8_block(hub: Mapping[str, Any]) -> tuple[int, int] | None:
     quantization = hub.get("quantization_config")
-    if quantization is None:
+    if quantization is None or quantization.get("quant_method") == "mxfp4":
         return None
     if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
         raise ValueError(
-            "config.json: quantization_config must be of quant_method 'fp8' with a weight_block_size, got "
+            "config.json: quantization_config must be of quant_method 'mxfp4', or 'fp8' with a weight_block_size, got "
             f"{json.dumps(quantization)}"
         )
     rows, columns = quantization["weight_block_size"]

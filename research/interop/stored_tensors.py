@@ -25,6 +25,8 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+# What four bits say in MXFP4 (Open Compute Project 2023, "OCP Microscaling Formats", E2M1): the last one is the sign.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # Bytes of one file that we write, about.
 FILE_BYTES = 5_000_000_000
 
@@ -48,7 +50,9 @@ class Stored:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name. A matrix in float8 whose blocks have scales (``NAME_scale_inv``) is one tensor.
+    """The tensors of a checkpoint by name. A matrix in float8 whose blocks have scales (``NAME_scale_inv``) is one tensor, and
+    so are matrices in MXFP4 (``NAME_blocks`` and ``NAME_scales``, a scale for each row of blocks), which are stored [..., out,
+    in] and read [..., in, out], as gpt-oss stores them otherwise.
 
     Attributes:
       stored: every tensor in the files, scales included.
@@ -71,7 +75,14 @@ class StoredTensors:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors, in the order of the files."""
-        return {name: tensor.shape for name, tensor in self.stored.items() if not self._is_scale(name)}
+        found = {}
+        for name, tensor in self.stored.items():
+            if self._is_four_bits(name):
+                *rest, out, blocks, width = tensor.shape
+                found[name.removesuffix("_blocks")] = (*rest, blocks * width * 2, out)
+            elif not self._is_scale(name):
+                found[name] = tensor.shape
+        return found
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; float32 where it was scaled.
@@ -79,6 +90,8 @@ class StoredTensors:
         Raises:
           ValueError: float8 without scales, or scales of another shape than its blocks.
         """
+        if self._is_four_bits(f"{name}_blocks"):
+            return self._read_four_bits(name)
         tensor = self.stored[name]
         if not tensor.dtype.startswith("F8"):
             return tensor.read()
@@ -95,8 +108,27 @@ class StoredTensors:
             scales = np.repeat(scales, step, axis).take(range(tensor.shape[axis]), axis)
         return values * scales
 
+    def _read_four_bits(self, name: str) -> np.ndarray:
+        """Two numbers a byte, the lower half first; a scale is the exponent of two with 127 on top."""
+        bytes_, scales = self.stored[f"{name}_blocks"].read(), self.stored[f"{name}_scales"].read()
+        if bytes_.dtype != np.uint8 or scales.dtype != np.uint8 or scales.shape != bytes_.shape[:-1]:
+            raise ValueError(
+                f"{name}_blocks and {name}_scales must be of uint8, a scale a block of {list(bytes_.shape[:-1])}, got "
+                f"{bytes_.dtype} and {scales.dtype} of shape {list(scales.shape)}"
+            )
+        values = np.stack([E2M1[bytes_ & 15], E2M1[bytes_ >> 4]], axis=-1)
+        values *= np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[..., None, None]
+        return values.reshape(*bytes_.shape[:-2], -1).swapaxes(-1, -2)
+
     def _is_scale(self, name: str) -> bool:
-        return name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self.stored
+        whole = name.removesuffix("_scale_inv")
+        if whole != name:
+            return whole in self.stored
+        return name.endswith("_scales") and self._is_four_bits(f"{name.removesuffix('_scales')}_blocks")
+
+    def _is_four_bits(self, name: str) -> bool:
+        whole = name.removesuffix("_blocks")
+        return whole != name and name in self.stored and f"{whole}_scales" in self.stored
 
 
 def _files(directory: Path) -> list[Path]:
