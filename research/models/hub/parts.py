@@ -15,21 +15,29 @@ from research.ops.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnSca
 
 
 def language_model(
-    keys: Keys, layers: list[tuple[Residual, ...]], norm: RMSNormConfig, *, tied: bool = False, **others
+    keys: Keys,
+    layers: list[tuple[Residual, ...]],
+    norm: RMSNormConfig,
+    *,
+    tied: bool = False,
+    depth: str = "num_hidden_layers",
+    width: str = "hidden_size",
+    **others,
 ) -> ModelConfig:
     """A model of these layers, each a tuple of branches; branches that are equal share a name.
 
     Args:
       tied: whether the head is the embedding where config.json doesn't say.
+      depth, width: what config.json calls them.
       others: fields of ``ModelConfig``.
     """
-    if len(layers) != keys["num_hidden_layers"]:
-        keys.refuse(f"num_hidden_layers is {keys['num_hidden_layers']}, other keys describe {len(layers)} layers")
+    if len(layers) != keys[depth]:
+        keys.refuse(f"{depth} is {keys[depth]}, other keys describe {len(layers)} layers")
     period = next(n for n in range(1, len(layers) + 1) if layers == layers[:n] * (len(layers) // n))
     pattern = [branch for layer in layers[:period] for branch in layer]
     return ModelConfig(
         vocab_size=keys["vocab_size"],
-        width=keys["hidden_size"],
+        width=keys[width],
         branches=tuple(dict.fromkeys(branch for layer in layers for branch in layer)),
         pattern=tuple(branch.name for branch in pattern),
         repeats=len(layers) // period,
