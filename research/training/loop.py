@@ -18,7 +18,8 @@ from research.config import ConfigError, to_dict
 from research.data.baselines import measure_baselines
 from research.data.pipeline import Corpus, build_loader, open_corpus
 from research.data.tokenization import tokenizer_from_json
-from research.sharding.mesh import batch_sharding, check_batch, make_mesh
+from research.layers.moe import MoEConfig
+from research.sharding.mesh import BATCH, batch_sharding, check_batch, make_mesh
 from research.training.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, checkpoint_paths, read_about, read_tokenizer
 from research.training.config import ExperimentConfig
 from research.training.evaluation import HeldOut, byte_lengths, evaluate
@@ -298,6 +299,8 @@ def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Ca
         step = int(newest.name)
         say(f"resuming from step {step}{': ' + '; '.join(changed) if changed else ''}")
     say(f"model: {count(float(_size(state.params)))} parameters on {_devices(mesh)}")
+    for line in exchange_plans(config, mesh):
+        say(line)
     if jax.process_index() == 0:
         write_config(path, config)
     saved_step = None if newest is None else step
@@ -332,6 +335,18 @@ def _mesh(config: ExperimentConfig) -> jax.sharding.Mesh:
     except ValueError as error:
         raise ConfigError(f"data.batch_size is {rows} (train.micro_batches is {parts}): {error}") from error
     return mesh
+
+
+def exchange_plans(config: ExperimentConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> list[str]:
+    """How tokens will reach experts on other devices and what each way would send, a line a kind of layer."""
+    rows = config.data.batch_size // config.train.micro_batches // math.prod(mesh.shape[axis] for axis in BATCH)
+    sizes = {"tokens": rows * config.data.sequence_length, "devices": mesh.shape["expert"]}
+    itemsize = config.model.compute_dtype.itemsize
+    return [
+        f"{branch.name}: {branch.mixer.exchange_plan(config.model.width, **sizes, itemsize=itemsize)}"
+        for branch in config.model.branches
+        if isinstance(branch.mixer, MoEConfig) and sizes["devices"] > 1
+    ]
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:

@@ -16,6 +16,7 @@ from jax import P
 
 from configs.tiny import CONFIG
 from research.config import ConfigError, from_json
+from research.sharding.mesh import AXES
 from research.training import loop, plots, runs
 from research.training.checkpoints import checkpoint_paths, load_part
 from research.training.config import ExperimentConfig
@@ -264,3 +265,10 @@ def test_what_may_change():
     now["train"]["seed"] = 3
     with pytest.raises(ConfigError, match=r"another experiment \(train.seed was 0, now 3"):
         runs.check_changes(Path("here"), before, now)
+
+
+def test_a_run_says_how_tokens_reach_their_experts():
+    one, four = (jax.sharding.AbstractMesh((1, 1, n, 1, 1), AXES) for n in (1, 4))
+    assert loop.exchange_plans(CONFIG, one) == []
+    (line,) = loop.exchange_plans(CONFIG, four)
+    assert line.startswith("experts: experts exchange tokens by ") and "MiB a device, layer and forward pass" in line
