@@ -93,10 +93,10 @@ def skewed(params):
     return params
 
 
-def compare(config, mesh_config, spoil=lambda params: params):
+def compare(config, mesh_config, spoil=lambda params: params, on_mesh=None):
     call, params = built(config)
     expected = call(spoil(params), inputs())
-    call, params = built(config, mesh_config)
+    call, params = built(on_mesh or config, mesh_config)
     actual = call(spoil(params), inputs())
     pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True)
     for (path, one), many in pairs:
@@ -136,6 +136,12 @@ def test_nothing_is_dropped_when_every_token_wants_one_device(name):
 def test_what_looks_at_the_whole_batch_sees_it_on_a_mesh():
     """Expert choice and capacity over the whole batch, by the ring, in chunks, from a latent space, with biases."""
     compare(GLOBAL, MESHES["fsdp 2 x2, tensor 2"])
+
+
+@pytest.mark.slow
+def test_groups_follow_the_mesh():
+    """Each pair of eight devices is one of the four groups that CONFIG names on one device."""
+    compare(CONFIG, MESHES["1x8"], on_mesh=dataclasses.replace(CONFIG, groups=0, group_devices=2))
 
 
 @pytest.mark.slow
