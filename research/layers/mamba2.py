@@ -32,7 +32,8 @@ class Mamba2Config:
       groups: of heads that share B and C.
       norm_groups: groups of channels that the gated norm normalises apart; None is ``groups``.
       dt_limits: smallest and largest step size; None leaves them alone, as the authors' default.
-      taps: of the short convolution over x, B and C, which has a bias.
+      taps: of the short convolution over x, B and C.
+      bias, conv_bias: on the projections in and out, and on the convolution.
       implementation, chunk_size: as in ``linear_attention``.
     """
 
@@ -43,6 +44,8 @@ class Mamba2Config:
     norm_groups: int | None = None
     dt_limits: tuple[float, float] | None = None
     taps: int = 4
+    bias: bool = False
+    conv_bias: bool = True
     norm_eps: float = 1e-5
     implementation: str | None = None
     chunk_size: int | None = None
@@ -86,7 +89,9 @@ class Mamba2(nnx.Module):
         # [gate | x, B, C | dt].
         self.w_in_DN = normal(rngs, (D, N + self.channels + H), param_dtype, P("fsdp", None), fan_in=D)
         self.w_conv_WN = normal(rngs, (c.taps, self.channels), param_dtype, P(None, None), fan_in=c.taps)
-        self.conv_bias_N = constant(jnp.zeros(self.channels), param_dtype, P(None))
+        self.conv_bias_N = constant(jnp.zeros(self.channels), param_dtype, P(None)) if c.conv_bias else None
+        self.bias_N = constant(jnp.zeros(N + self.channels + H), param_dtype, P(None)) if c.bias else None
+        self.out_bias_D = constant(jnp.zeros(D), param_dtype, P(None)) if c.bias else None
         self.log_rate_H = log_rate(rngs, (H,))
         self.dt_bias_H = dt_bias(rngs, (H,))
         self.skip_H = constant(jnp.ones(H), jnp.float32, P(None))
@@ -99,6 +104,8 @@ class Mamba2(nnx.Module):
         wide = jnp.promote_types(dtype, jnp.float32)
         x_BTD = without_padding(x_BTD, context)
         in_BTN = project(x_BTD, read(self.w_in_DN, dtype))
+        if self.bias_N is not None:
+            in_BTN = in_BTN + read(self.bias_N, dtype)
         gate_BTN, xBC_BTN, dt_BTH = jnp.split(in_BTN, [c.inner, c.inner + self.channels], axis=-1)
         dt_BTH = step_size(dt_BTH.astype(wide), read(self.dt_bias_H, wide), c.dt_limits)
         log_decay_BTH = -jnp.exp(read(self.log_rate_H, wide)) * dt_BTH
@@ -111,7 +118,10 @@ class Mamba2(nnx.Module):
         y_BTN = y_BTHV.reshape(B, T, -1) * jax.nn.silu(gate_BTN.astype(wide))
         y_BTN = rms_norm(y_BTN.reshape(B, T, c.groups_of_norm, -1), eps=c.norm_eps).reshape(B, T, -1)
         y_BTN = (y_BTN * read(self.norm_N, wide)).astype(dtype)
-        return project(y_BTN, read(self.w_out_ND, dtype)), next_state(state, tail_BWN, memory), None
+        y_BTD = project(y_BTN, read(self.w_out_ND, dtype))
+        if self.out_bias_D is not None:
+            y_BTD = y_BTD + read(self.out_bias_D, dtype)
+        return y_BTD, next_state(state, tail_BWN, memory), None
 
     def init_state(self, batch: int, max_length: int, dtype) -> RecurrentState:
         c = self.config

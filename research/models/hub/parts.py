@@ -31,8 +31,9 @@ def language_model(
       depth, width: what config.json calls them.
       others: fields of ``ModelConfig``.
     """
-    if len(layers) != keys[depth]:
-        keys.refuse(f"{depth} is {keys[depth]}, other keys describe {len(layers)} layers")
+    said = keys.get(depth, len(layers))
+    if len(layers) != said:
+        keys.refuse(f"{depth} is {said}, other keys describe {len(layers)} layers")
     period = next(n for n in range(1, len(layers) + 1) if layers == layers[:n] * (len(layers) // n))
     pattern = [branch for layer in layers[:period] for branch in layer]
     return ModelConfig(
@@ -97,9 +98,11 @@ def linear(name: str, view: View) -> Tensor:
     return joined(name, view.T)
 
 
-def ends(model: ModelViews, *, prefix: str = "model.", norm: str = "norm") -> Iterator[Tensor]:
+def ends(
+    model: ModelViews, *, prefix: str = "model.", embedding: str = "embed_tokens", norm: str = "norm"
+) -> Iterator[Tensor]:
     """Embedding, last norm, head."""
-    yield joined(f"{prefix}embed_tokens.weight", model["embedding_VD"])
+    yield joined(f"{prefix}{embedding}.weight", model["embedding_VD"])
     yield joined(f"{prefix}{norm}.weight", model["final_norm.scale_D"])
     if "head_DV" in model:
         yield linear("lm_head.weight", model["head_DV"])
