@@ -16,6 +16,7 @@ from research.layers.recurrence import (
     next_state,
     sequence_or_step,
 )
+from research.ops.norms import rms_norm
 from research.ops.selective_scan import check_form, selective_scan, selective_scan_step
 from research.sharding.mesh import P
 
@@ -26,7 +27,10 @@ class MambaConfig:
 
     Attributes:
       dt_rank: of the projection to the channels' step sizes (the paper's is a sixteenth of the model's width).
-      taps: of the short convolution, which has a bias.
+      taps: of the short convolution.
+      bias, conv_bias: on the projections in and out, and on the convolution.
+      select_norm_eps: step sizes (before they are spread over the channels), B and C are divided by their root mean square
+        with this epsilon (Falcon Mamba, arXiv 2410.05355); None leaves them.
       implementation, chunk_size: as in ``selective_scan``.
     """
 
@@ -34,6 +38,9 @@ class MambaConfig:
     state_width: int = 16
     dt_rank: int = 16
     taps: int = 4
+    bias: bool = False
+    conv_bias: bool = True
+    select_norm_eps: float | None = None
     implementation: str | None = None
     chunk_size: int | None = None
 
@@ -59,7 +66,9 @@ class Mamba(nnx.Module):
         # [x | gate].
         self.w_in_DN = normal(rngs, (D, 2 * N), param_dtype, P("fsdp", None), fan_in=D)
         self.w_conv_WN = normal(rngs, (c.taps, N), param_dtype, P(None, None), fan_in=c.taps)
-        self.conv_bias_N = constant(jnp.zeros(N), param_dtype, P(None))
+        self.conv_bias_N = constant(jnp.zeros(N), param_dtype, P(None)) if c.conv_bias else None
+        self.bias_N = constant(jnp.zeros(2 * N), param_dtype, P(None)) if c.bias else None
+        self.out_bias_D = constant(jnp.zeros(D), param_dtype, P(None)) if c.bias else None
         # [dt | B | C].
         self.w_select_NM = normal(rngs, (N, R + 2 * K), param_dtype, P("fsdp", None), fan_in=N)
         self.w_dt_RN = normal(rngs, (R, N), param_dtype, P(None, "fsdp"), fan_in=R)
@@ -74,10 +83,15 @@ class Mamba(nnx.Module):
         c, dtype = self.config, x_BTD.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         x_BTD = without_padding(x_BTD, context)
-        x_BTN, gate_BTN = jnp.split(project(x_BTD, read(self.w_in_DN, dtype)), 2, axis=-1)
+        in_BTN = project(x_BTD, read(self.w_in_DN, dtype))
+        if self.bias_N is not None:
+            in_BTN = in_BTN + read(self.bias_N, dtype)
+        x_BTN, gate_BTN = jnp.split(in_BTN, 2, axis=-1)
         x_BTN, tail_BWN = convolve(x_BTN, self.w_conv_WN, state, context, self.conv_bias_N)
         select_BTM = project(x_BTN, read(self.w_select_NM, dtype))
         dt_BTR, B_BTK, C_BTK = jnp.split(select_BTM, [c.dt_rank, c.dt_rank + c.state_width], axis=-1)
+        if c.select_norm_eps is not None:
+            dt_BTR, B_BTK, C_BTK = (rms_norm(x, eps=c.select_norm_eps) for x in (dt_BTR, B_BTK, C_BTK))
         dt_BTN = project(dt_BTR, read(self.w_dt_RN, dtype))
         options = {"dt_softplus": True, "implementation": c.implementation, "chunk_size": c.chunk_size}
         y_BTN, memory = sequence_or_step(
@@ -93,6 +107,8 @@ class Mamba(nnx.Module):
             },
         )  # fmt: skip
         y_BTD = project(y_BTN * jax.nn.silu(gate_BTN), read(self.w_out_ND, dtype))
+        if self.out_bias_D is not None:
+            y_BTD = y_BTD + read(self.out_bias_D, dtype)
         return y_BTD, next_state(state, tail_BWN, memory), None
 
     def init_state(self, batch: int, max_length: int, dtype) -> RecurrentState:

@@ -103,21 +103,24 @@ def lightning(p, c, x):
 
 
 def mamba(p, c, x):
-    u, z = np.split(x @ p["w_in_DN"], 2, axis=-1)
+    u, z = np.split(x @ p["w_in_DN"] + p.get("bias_N", 0), 2, axis=-1)
     u = conv(u, p["w_conv_WN"], p["conv_bias_N"])
     r, B, C = np.split(u @ p["w_select_NM"], [c.dt_rank, c.dt_rank + c.state_width], axis=-1)
+    if c.select_norm_eps is not None:
+        r, B, C = (rms(a, c.select_norm_eps) for a in (r, B, C))
     dt = softplus(r @ p["w_dt_RN"] + p["dt_bias_N"])
     A = -np.exp(p["log_rate_NK"])
     h, y = np.zeros(A.shape), np.zeros_like(u)
     for t in range(len(x)):
         h = np.exp(dt[t][:, None] * A) * h + (dt[t] * u[t])[:, None] * B[t]
         y[t] = h @ C[t] + p["skip_N"] * u[t]
-    return (y * silu(z)) @ p["w_out_ND"]
+    return (y * silu(z)) @ p["w_out_ND"] + p.get("out_bias_D", 0)
 
 
 def mamba2(p, c, x):
     T, N = len(x), c.heads * c.head_width
-    z, xBC, dt = np.split(x @ p["w_in_DN"], [N, 2 * N + 2 * c.groups * c.state_width], axis=-1)
+    in_TN = x @ p["w_in_DN"] + p.get("bias_N", 0)
+    z, xBC, dt = np.split(in_TN, [N, 2 * N + 2 * c.groups * c.state_width], axis=-1)
     u, B, C = cut(
         conv(xBC, p["w_conv_WN"], p["conv_bias_N"]), (c.heads, c.head_width), *((c.groups, c.state_width),) * 2
     )
@@ -130,7 +133,7 @@ def mamba2(p, c, x):
             y[t, h] = S @ C[t, g] + p["skip_H"][h] * u[t, h]
     y = y.reshape(T, N) * silu(z)
     y = rms(y.reshape(T, c.norm_groups or c.groups, -1), c.norm_eps).reshape(T, N) * p["norm_N"]
-    return y @ p["w_out_ND"]
+    return y @ p["w_out_ND"] + p.get("out_bias_D", 0)
 
 
 def gla(p, c, x):

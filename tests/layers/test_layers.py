@@ -42,9 +42,9 @@ RECURRENT = {
     ),
     "retnet": RetNetConfig(heads=2, key_width=6, value_width=5, chunk_size=4),
     "lightning": LightningConfig(heads=2, head_width=6, chunk_size=4),
-    "mamba": MambaConfig(channels=10, state_width=4, dt_rank=3, chunk_size=4),
+    "mamba": MambaConfig(channels=10, state_width=4, dt_rank=3, bias=True, select_norm_eps=1e-3, chunk_size=4),
     "mamba2": Mamba2Config(
-        heads=4, head_width=5, groups=2, state_width=6, norm_groups=4, dt_limits=(0.1, 2.0), chunk_size=4
+        heads=4, head_width=5, groups=2, state_width=6, norm_groups=4, dt_limits=(0.1, 2.0), bias=True, chunk_size=4
     ),
     "gla": GLAConfig(heads=2, key_width=6, value_width=5, rank=3, chunk_size=4),
     "deltanet": DeltaNetConfig(heads=2, key_width=6, value_width=5, taps=1, negative_eigenvalues=True, chunk_size=4),
