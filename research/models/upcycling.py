@@ -47,6 +47,7 @@ def upcycled_config(
             experts=copies * granularity,
             per_token=active * granularity,
             hidden=mixer.hidden // granularity,
+            activation=mixer.activation,
             shared_hidden=0,
             shared_gate=False,
             latent=0,
