@@ -108,7 +108,7 @@ class Mamba(nnx.Module):
         )  # fmt: skip
         y_BTD = project(y_BTN * jax.nn.silu(gate_BTN), read(self.w_out_ND, dtype))
         if self.out_bias_D is not None:
-            y_BTD = y_BTD + read(self.out_bias_D, dtype)
+            y_BTD = without_padding(y_BTD + read(self.out_bias_D, dtype), context)
         return y_BTD, next_state(state, tail_BWN, memory), None
 
     def init_state(self, batch: int, max_length: int, dtype) -> RecurrentState:
