@@ -114,6 +114,60 @@ def test_scaled_float8(tmp_path):
     np.testing.assert_array_equal(stored.read("w"), expected)
 
 
+def test_four_bit_experts(tmp_path):
+    """gpt-oss's published experts: blocks of 32 numbers along the input, two a byte, and an exponent each."""
+    g, rng = golden("gpt_oss"), np.random.default_rng(0)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    E, D, N = g.tensors[name].shape
+    codes = rng.integers(0, 16, (E, N, D // 32, 32), np.uint8)
+    scales = rng.integers(122, 128, (E, N, D // 32), np.uint8)
+    sign, magnitude = 1 - 2.0 * (codes >> 3), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+    values = (sign * magnitude * 2.0 ** (scales[..., None] - 127.0)).reshape(E, N, D).swapaxes(1, 2).astype(np.float32)
+    packed = {tensor: array for tensor, array in g.tensors.items() if tensor != name}
+    packed |= {f"{name}_blocks": codes[..., ::2] | codes[..., 1::2] << 4, f"{name}_scales": scales}
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model = huggingface.load(
+        write_checkpoint(tmp_path / "packed", {**g.hub, "quantization_config": quantization}, packed)
+    )
+    huggingface.save(model, g.hub, tmp_path / "again")
+    np.testing.assert_array_equal(stored_in(tmp_path / "again")[name], values)
+
+
+def test_heads_ahead(tmp_path):
+    """A config.json may announce heads ahead that the files lack, as DeepSeek-V3's does once transformers has saved it."""
+    g = golden("deepseek_v3")
+    hub, said = {**g.hub, "num_nextn_predict_layers": 1}, []
+    plain = huggingface.load(write_checkpoint(tmp_path / "without", hub, g.tensors), say=said.append)
+    assert plain.mtp is None
+    assert said == [
+        f"{tmp_path / 'without'} holds no multi-token prediction heads, which its config.json announces: loaded without"
+    ]
+    # The head is a layer after the last: that one's tensors once more, and its own.
+    rng, depth, width = np.random.default_rng(0), hub["num_hidden_layers"], hub["hidden_size"]
+    last = f"model.layers.{depth - 1}."
+    like = {
+        tensor.replace(last, f"model.layers.{depth}."): array for tensor, array in g.tensors.items() if last in tensor
+    }
+    shapes = {"enorm.weight": (width,), "hnorm.weight": (width,), "shared_head.norm.weight": (width,)}
+    shapes |= {"eh_proj.weight": (width, 2 * width)}
+    like |= {f"model.layers.{depth}.{tensor}": np.zeros(shape) for tensor, shape in shapes.items()}
+    heads = {tensor: rng.normal(size=array.shape).astype(np.float32) for tensor, array in like.items()}
+    copies = {
+        f"model.layers.{depth}.embed_tokens.weight": g.tensors["model.embed_tokens.weight"],
+        f"model.layers.{depth}.shared_head.head.weight": g.tensors["lm_head.weight"],
+    }
+    original = write_checkpoint(tmp_path / "with", hub, {**g.tensors, **heads, **copies})
+    model = huggingface.load(original, say=said.append)
+    assert said[1].startswith("left out 2 tensors")
+    merge = model.mtp.heads[0].w_merge_ND[...]
+    np.testing.assert_array_equal(merge.T, heads[f"model.layers.{depth}.eh_proj.weight"])
+    huggingface.save(model, hub, tmp_path / "again")
+    again = stored_in(tmp_path / "again")
+    assert set(again) == {*g.tensors, *heads}
+    for tensor, values in heads.items():
+        np.testing.assert_array_equal(again[tensor], values, err_msg=tensor)
+
+
 def test_only_a_config_that_describes_the_model_is_saved(g, tmp_path):
     model = huggingface.load(write_checkpoint(tmp_path / "original", g.hub, g.tensors))
     other = {**g.hub, "num_experts_per_tok": 2}

@@ -24,6 +24,7 @@ def config(keys: Keys) -> ModelConfig:
     # Written for transformers' own sake: the attention reads its rope_theta.
     turning = keys.inside("rope_parameters")
     turning.only("rope_type", "default")
+    clip = attending.get("clip_qkv")
     attention = AttentionConfig(
         heads=heads,
         key_heads=attending.get("kv_n_heads", 1),
@@ -32,7 +33,7 @@ def config(keys: Keys) -> ModelConfig:
         rope_theta=float(turning.get("rope_theta", attending.get("rope_theta", 10_000.0))),
         gated=False,
         qk_norm=None,
-        clip_qkv=attending.get("clip_qkv"),
+        clip_qkv=None if clip is None else float(clip),
     )
     power = feeding.only("moe_normalize_expert_weights", 1, None) if "moe_normalize_expert_weights" in feeding else 1
     experts = MoEConfig(
