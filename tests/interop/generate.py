@@ -5,7 +5,7 @@
     .venv/bin/python -m tests.interop.saved NAME DIR                     # our load, then our save
     /tmp/golden/bin/python tests/interop/generate.py --check NAME DIR    # transformers opens DIR: the same logits?
 
-``golden/NAME/tiny.json`` is written by hand: ``model`` (class in transformers), ``config`` (its class), ``arguments`` of the
+``golden/NAME/tiny.json`` is written by hand: ``model`` (class in transformers or in ``composed``), ``config`` (its class), ``arguments`` of the
 configuration, ``seed``, ``atol`` for our logits (the family's noise floor), and where norms are stored as their distance from
 1 ``centred``, a regular expression found in their names. What is written beside it: ``config.json``,
 ``tensors.json`` (names and shapes as the hub has them), ``logits.npz`` (float32, a document each) and ``new.json`` (greedy
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
+import composed
 from weights import NEW_TOKENS, PROMPTS, documents, weight
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,8 +50,8 @@ def main():
 def write(folder: Path) -> None:
     tiny = json.loads((folder / "tiny.json").read_text())
     with tempfile.TemporaryDirectory() as made:
-        config = getattr(transformers, tiny["config"])(**tiny["arguments"])
-        getattr(transformers, tiny["model"])(config).save_pretrained(made)
+        config = named(tiny["config"])(**tiny["arguments"])
+        named(tiny["model"])(config).save_pretrained(made)
         # The names of the hub, which are not those of the modules.
         with safe_open(f"{made}/model.safetensors", "np") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
@@ -76,11 +77,16 @@ def check(name: str, directory: str) -> None:
     print(f"{name}: transformers {transformers.__version__} computes the same from {directory}, within {worst:.1e}")
 
 
+def named(name: str):
+    """A class of ``composed``, or of transformers."""
+    return getattr(composed, name, None) or getattr(transformers, name)
+
+
 @torch.no_grad()
 def run(directory: str, tiny: dict) -> tuple[list[np.ndarray], list[list[int]]]:
     """Logits of each document, and the greedy continuations."""
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
-    model, told = getattr(transformers, tiny["model"]).from_pretrained(directory, output_loading_info=True, **options)
+    model, told = named(tiny["model"]).from_pretrained(directory, output_loading_info=True, **options)
     wrong = {what: keys for what, keys in told.items() if keys}
     if wrong:
         sys.exit(f"{directory}: {wrong}")
