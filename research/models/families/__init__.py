@@ -28,7 +28,7 @@ def family_of(hub: Mapping[str, Any]) -> Family:
     """
     kind, classes = hub.get("model_type"), hub.get("architectures") or []
     for family in families().values():
-        if kind in family.model_types and (not classes or set(classes) & set(family.architectures)):
+        if family.reads(hub):
             return family
     known = sorted({name for family in families().values() for name in family.architectures})
     raise ValueError(

@@ -1,7 +1,8 @@
 """What a published family says of itself."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from research.models.config import ModelConfig
 from research.models.hub.keys import Keys
@@ -18,6 +19,7 @@ class Family:
       config: the model that a config.json describes. It reads every key that changes the mathematics.
       tensors: every tensor of the published checkpoint as views of the model's own arrays. It serves both ways, so each
         element of the model appears exactly once.
+      matches: whether it reads a config.json that names neither a model_type nor architectures.
       ignored: regular expressions of tensors that a checkpoint may hold besides, and that the model has no use for.
     """
 
@@ -26,3 +28,12 @@ class Family:
     config: Callable[[Keys], ModelConfig]
     tensors: Callable[[ModelViews], Iterable[Tensor]]
     ignored: tuple[str, ...] = ()
+    matches: Callable[[Mapping[str, Any]], bool] = lambda hub: False
+
+    def reads(self, hub: Mapping[str, Any]) -> bool:
+        """Whether a config.json is the family's: by its model_type and architectures, or the one of them that is there."""
+        kind, classes = hub.get("model_type"), hub.get("architectures") or []
+        if kind is None and not classes:
+            return self.matches(hub)
+        of_kind = kind is None or kind in self.model_types
+        return of_kind and (not classes or bool(set(classes) & set(self.architectures)))
