@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.to_huggingface:
             to_huggingface(source, target, options.like)
+        elif options.upcycle:
+            sizes = {name: getattr(options, name) for name in ("copies", "active", "granularity", "noise")}
+            words = upcycle_run(source, target, options.upcycle.split(","), **sizes)
+            print(f"to train on, the dense run's own command and:\n  {' '.join(words)} --workdir {target}")
         else:
             from_huggingface(source, target, options.dtype)
     except ValueError as error:
@@ -110,6 +114,58 @@ def to_huggingface(source: Path, target: Path, like: str | None) -> None:
     huggingface.save(trained.model, hub, target, texts)
 
 
+def upcycle_run(source: Path, target: Path, names: Sequence[str], **sizes: Any) -> list[str]:
+    """Writes a work directory that training goes on from: the newest checkpoint of a dense run, with the MLPs of the branches
+    ``names`` made mixtures of experts (``research.models.upcycling``), a fresh optimizer, and the data from its beginning.
+
+    Returns:
+      The words that tell ``experiments.train`` of the new layers.
+
+    Raises:
+      ValueError: what ``upcycle`` refuses; the run's texts have changed; or ``target`` exists and isn't empty.
+    """
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from research.config import fields_of, to_dict
+    from research.data.pipeline import build_loader, open_corpus
+    from research.interop.stored_tensors import whole_directory
+    from research.layers.moe import MoEConfig
+    from research.models.upcycling import upcycle
+    from research.training.checkpoints import Checkpoints
+    from research.training.optimizers import make_optimizer
+    from research.training.runs import CACHE_FOLDER, load_for_inference, write_config
+    from research.training.state import TrainState
+
+    trained = load_for_inference(source, _tell)
+    with whole_directory(target) as unfinished:
+        model = upcycle(trained.model, names, **sizes)
+        config = dataclasses.replace(trained.config, model=model.config)
+        corpus = open_corpus(config.data, tokenizer=trained.tokenizer, cache=unfinished / CACHE_FOLDER)
+        if trained.corpus_hash != corpus.hash:
+            raise ValueError(f"the data has changed since {source} was trained on it: bring it back")
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        key = jax.random.key(config.train.seed)
+        state = TrainState(jnp.zeros((), jnp.int32), params, variables, jax.jit(optimizer.init)(params), key)
+        about = {"step": 0, "config": to_dict(config), "corpus_hash": corpus.hash}
+        checkpoints = Checkpoints(unfinished)
+        tokenizer = corpus.tokenizer.to_json()
+        checkpoints.save(0, vars(state), iter(build_loader(corpus)), about=about, tokenizer=tokenizer)
+        checkpoints.wait()
+        write_config(unfinished, config)
+    words, usual = [], {path: value for path, _, value in fields_of(MoEConfig())}
+    for branch in config.model.branches:
+        if branch.name in names:
+            at = f"model.branches.{branch.name}.mixer"
+            own = [(path, value) for path, _, value in fields_of(branch.mixer) if usual.get(path) != value]
+            words += [f"{at}=MoEConfig", *(f"{at}.{path}={value}" for path, value in own)]
+    return words
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -125,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
             "examples:\n"
             "  python -m experiments.convert Qwen3-0.6B runs/qwen3 --dtype bfloat16\n"
             '  python -m experiments.generate runs/qwen3 --prompt "Once"\n'
-            "  python -m experiments.convert --to-huggingface runs/qwen3 tuned\n\n"
+            "  python -m experiments.convert --to-huggingface runs/qwen3 tuned\n"
+            "  python -m experiments.convert --upcycle mlp --copies 8 --active 2 runs/dense runs/experts\n\n"
             "exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C"
         ),
     )
@@ -138,6 +195,15 @@ def _parser() -> argparse.ArgumentParser:
         help="to store parameters and compute in (default: float32)",
     )
     parser.add_argument("--to-huggingface", action="store_true", help="a work directory into a Hugging Face directory")
+    parser.add_argument(
+        "--upcycle",
+        metavar="NAMES",
+        help="the source is a dense run: its MLPs of these branches (a,b) become mixtures of experts to train on",
+    )
+    parser.add_argument("--copies", type=int, default=8, help="with --upcycle: of every MLP (default: 8)")
+    parser.add_argument("--active", type=int, default=1, help="with --upcycle: copies a token visits (default: 1)")
+    parser.add_argument("--granularity", type=int, default=1, help="with --upcycle: experts a copy is split into (1)")
+    parser.add_argument("--noise", type=float, default=0.0, help="with --upcycle: on experts, as a share of their size")
     parser.add_argument(
         "--like",
         metavar="PATH",

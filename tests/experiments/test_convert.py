@@ -1,12 +1,13 @@
 """From a Hugging Face directory to a run that other programs open, and back."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import tokenizers
 
-from experiments import cli, convert
+from experiments import cli, convert, train
 from research.training.runs import load_for_inference
 from tests.interop.checkpoints import golden, stored_in, write_checkpoint
 
@@ -48,3 +49,32 @@ def test_bad_input_is_a_sentence(g, tmp_path, capsys):
     assert "nothing here reads novelty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
     assert cli.call(convert.main, ["--to-huggingface", str(tmp_path / "hub"), str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.slow
+def test_a_dense_run_trains_on_as_a_mixture_of_experts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "keep_compiled", lambda folder: None)
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text("\n".join(f"line {n} of text {number}" for n in range(80)))
+    mlp = "model.branches.experts.mixer"
+    words = [
+        "tiny", f"{mlp}=MLPConfig", f"{mlp}.hidden=32", "model.pattern=experts,", "data.source=TextFiles",
+        f"data.source.paths={tmp_path}/*.txt", "data.held_out_bytes=8000", "train.progress_seconds=0",
+    ]  # fmt: skip
+    dense, experts = str(tmp_path / "dense"), str(tmp_path / "experts")
+    assert cli.call(train.main, [*words, "train.steps=3", "--workdir", dense]) == 0
+    options = ["--upcycle", "experts", "--copies", "4", "--active", "2", "--granularity", "2"]
+    assert cli.call(convert.main, [*options, dense, experts]) == 0
+    more = re.search(r"  (model.*) --workdir", capsys.readouterr().out)[1].split()
+    kept = [word for word in words if not word.startswith(mlp)]
+    assert cli.call(train.main, [*kept, *more, "train.steps=2", "--workdir", experts]) == 0
+    assert "resuming from step 0" in capsys.readouterr().out
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("dense", "experts")
+    ]
+    # The data begins again, and the model where the dense one had come to.
+    assert len(losses[1]) == 2 and losses[1][0] < losses[0][0]
+    assert load_for_inference(experts).config.model.branches[2].mixer.experts == 8
+    assert cli.call(convert.main, ["--upcycle", "nothing", dense, str(tmp_path / "none")]) == 2
+    assert "names must name MLPs, got 'nothing'" in capsys.readouterr().err
