@@ -8,6 +8,13 @@ from research.models.parameter_count import parameter_count
 
 # Billions: all, active, and what the second figure leaves out. To the digits that were published, or within 1 %.
 PUBLISHED = {
+    "llama3_8b": (8.03, None, ""),
+    "llama3_70b": (70.6, None, ""),
+    "olmoe_1b_7b": (6.9, 1.3, ""),
+    # Published as 3.3.
+    "qwen3_30b_a3b": (30.5, 3.35, ""),
+    "qwen3_235b_a22b": (235, 22, ""),
+    "qwen3_next_80b_a3b": (80, 3, "embedding head"),
     "mixtral_8x7b": (46.7, 12.9, ""),
     "mixtral_8x22b": (141, 39, ""),
     "qwen1_5_moe_a2_7b": (14.3, 2.7, ""),
