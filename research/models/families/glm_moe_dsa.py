@@ -35,7 +35,8 @@ def indexer_types(keys: Keys) -> list[str]:
     said = keys.get("indexer_types")
     count = keys["num_hidden_layers"]
     if said is None and letters is not None:
-        said = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in letters]
+        names = {"F": "full", "S": "shared"}
+        said = [names[letter] if letter in names else letter for letter in letters]
     if said is None:
         said = ["shared" if max(n - offset + 1, 0) % frequency else "full" for n in range(count)]
     if len(said) != count or set(said) - {"full", "shared"} or said[0] == "shared":
