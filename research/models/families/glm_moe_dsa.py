@@ -36,7 +36,7 @@ def indexer_types(keys: Keys) -> list[str]:
     count = keys["num_hidden_layers"]
     if said is None and letters is not None:
         names = {"F": "full", "S": "shared"}
-        said = [names[letter] if letter in names else letter for letter in letters]
+        said = [str(names.get(letter, letter)) for letter in letters]
     if said is None:
         said = ["shared" if max(n - offset + 1, 0) % frequency else "full" for n in range(count)]
     if len(said) != count or set(said) - {"full", "shared"} or said[0] == "shared":
