@@ -1,19 +1,20 @@
-"""Measure: ``python -m experiments.benchmark NAME [--json] [--quick]`` runs one of experiments/benchmarks/.
+"""Measure: ``python -m experiments.benchmark NAME [--json] [--quick] [--picture FILE]`` runs one of experiments/benchmarks/.
 
 Prints what was measured together with the command, the device, the versions and the date, so that a result can be
 committed as it is. Timings on a shared machine are only comparable within one result.
 """
 
-import argparse
 import datetime
 import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from research.config import ConfigError
 
 PACKAGE = "experiments.benchmarks"
 
@@ -27,22 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help="which benchmark")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--quick", action="store_true", help="smaller and rougher: does it run at all?")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="also draw the result (attention)")
     options = parser.parse_args(argv)
     benchmark = cli.find_module(PACKAGE, options.name, "benchmark")
-    result = {**circumstances(options), **benchmark.run(quick=options.quick)}
+    if options.picture is not None and not hasattr(benchmark, "picture"):
+        raise ConfigError(f"--picture: the benchmark {options.name} has no picture")
+    command = f"python -m experiments.benchmark {options.name}{' --quick' if options.quick else ''}"
+    result = {"benchmark": options.name, **circumstances(command), **benchmark.run(quick=options.quick)}
+    if options.picture is not None:
+        benchmark.picture(result, options.picture)
     print(json.dumps(result, indent=2) if options.json else cli.table(list(rows(result))))
     return 0
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+def circumstances(command: str) -> dict[str, Any]:
     """What a reader of the numbers needs to know about how they came about."""
     import jax
     import jaxlib.version
 
     device = jax.devices()[0]
-    command = f"python -m experiments.benchmark {options.name}{' --quick' if options.quick else ''}"
     return {
-        "benchmark": options.name,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",

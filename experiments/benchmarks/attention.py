@@ -8,6 +8,7 @@ from one machine to another better than milliseconds do. A decoded token reads a
 import functools
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from research.layers.context import Context
 from research.layers.dsa import DSAConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mla import MLAConfig
+from research.ops.attention import tokens_of
+from research.ops.sparse_attention import PRECISIONS, select
 
 WIDTH = 256
 _LATENT: dict[str, Any] = {"heads": 4, "nope_width": 64, "rope_width": 32, "value_width": 64, "latent": 128}
@@ -40,8 +43,8 @@ INDEXER: dict[str, Any] = {"index_heads": 64, "index_width": 128, "top_k": 2048}
 
 def run(quick: bool = False) -> dict[str, Any]:
     """Rows: layer, T, prefill_ms (none past ``LONGEST_PREFILL``), decode_ms, matmul_1024_ms, cache_bytes, at B1 and width 256, float32; and
-    deepseek_v3_decode: dense_ms, sparse_ms and their ratio, the median of pairs taken in turn."""
-    lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
+    deepseek_v3_decode: dense_ms, sparse_ms and their ratio, the median of pairs taken in turn; selection_kept."""
+    lengths = (512, 1024) if quick else (1024, 4096, 8192, 16384, 32768)
     square = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 1024)), jnp.float32)
     multiply = jax.jit(jnp.matmul)
     matmul = functools.partial(multiply, square, square)
@@ -70,6 +73,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         "shape": {"B": 1, "width": WIDTH, "dtype": "float32"},
         "rows": rows,
         "deepseek_v3_decode": deepseek_v3(quick),
+        "selection_kept": selection_kept(quick),
     }
 
 
@@ -96,6 +100,56 @@ def deepseek_v3(quick: bool) -> dict[str, Any]:
         "sparse_ms": round(1e3 * sparse_s, 3),
         "dense_over_sparse": round(statistics.median(a / b for a, b in seconds), 3),
     }
+
+
+def selection_kept(quick: bool) -> dict[str, Any]:
+    """Share of the float32 indexer's choice that lower precisions choose too: random heads, whose scores lie closer together
+    than trained ones do, of the published sizes."""
+    T, queries, H, K = (2048, 16, 64, 128) if quick else (16384, 64, 64, 128)
+    top_k, tokens = T // 8, tokens_of(None, (1, T))
+    last = type(tokens)(*(x[:, -queries:] for x in tokens))
+    rng = np.random.default_rng(0)
+    q, k, w = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, queries, H, K), (1, T, K), (1, queries, H))
+    )
+    pick = jax.jit(functools.partial(select, top_k=top_k), static_argnames="precision")
+    exact, *others = (np.asarray(pick(q, k, w, last, tokens, precision=precision))[0] for precision in PRECISIONS)
+    kept = [np.mean([len(set(a) & set(b)) / top_k for a, b in zip(exact, other, strict=True)]) for other in others]
+    return {"T": T, "top_k": top_k, **{name: round(float(x), 4) for name, x in zip(PRECISIONS[1:], kept, strict=True)}}
+
+
+def draw_lines(axes, rows, key: str, scale: float = 1.0) -> None:
+    for name, color in zip(LAYERS, ("#1f2933", "#7b8794", "#2563a8", "#d9730d", "#3a7d44"), strict=True):
+        points = [(row["T"], row[key] * scale) for row in rows if row["layer"] == name and row[key] is not None]
+        axes.loglog(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.5, label=name)
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Prefill, decoding and cache over T, one line a layer, on one page."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = (("prefill_ms", "prefill of T tokens, ms", 1.0), ("decode_ms", "one token after T, ms", 1.0),
+              ("cache_bytes", "cache of a row, MiB", 2.0**-20))  # fmt: skip
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 3.4), dpi=100, layout="constrained")
+        for axes, (key, title, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+            draw_lines(axes, result["rows"], key, scale)
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.set_xlabel("T")
+            axes.grid(color="#e4e7eb", linewidth=0.6)
+            axes.set_xticks(
+                ticks := sorted({row["T"] for row in result["rows"]}),
+                [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks],
+            )
+            axes.minorticks_off()
+        figure.axes[-1].legend(frameon=False, fontsize=8)
+        figure.suptitle(
+            f"{result['device']}, {result['cores']} cores, float32, width {result['shape']['width']}, batch 1",
+            fontsize=8,
+        )
+        FigureCanvasAgg(figure).print_png(path)
 
 
 def make(config, width: int):

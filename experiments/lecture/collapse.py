@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options: argparse.Namespace = parser.parse_args(argv)
     results = {name: run(config, options.steps) for name, config in BALANCERS.items()}
     if options.json:
-        about = circumstances(argparse.Namespace(name="collapse", quick=False))
-        about |= {"command": f"python -m experiments.lecture.collapse --json --steps {options.steps}"}
+        about = circumstances(f"python -m experiments.lecture.collapse --json --steps {options.steps}")
         print(json.dumps({**about, "steps": options.steps, "results": results}, indent=2))
         return 0
     rows = [("balancer", "error", "MaxVio", "of devices", "dead")]

@@ -179,7 +179,7 @@ class DSA(MLA):
         if learns:
             statistics = index_divergence(
                 index_q_BTHK, index_k_BSK, w_BTH, absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None], query, source,
-                scale=c.score_scale, index_BTN=selected_BTN,
+                scale=c.score_scale, index_BTN=selected_BTN, top_k=c.top_k if c.stage == "warm_up" else None,
             )  # fmt: skip
         prefill = c.prefill or ("masked" if T > 8 and 4 * c.top_k >= S else "gathered")
         options: dict[str, Any] = {"scale": c.score_scale}

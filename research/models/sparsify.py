@@ -6,7 +6,7 @@ from research.models.language_model import LanguageModel
 
 
 def from_dense(sparse: LanguageModel, dense: LanguageModel) -> LanguageModel:
-    """``sparse`` with every variable of ``dense`` in the place of its own; those that ``dense`` lacks (indexers) stay.
+    """``sparse`` with every variable of ``dense`` in the place of its own, in its dtype; those that ``dense`` lacks (indexers) stay.
 
     Both have the same stages: ``MLAConfig`` in the one, ``DSAConfig`` with the same numbers in the other.
 
@@ -20,7 +20,7 @@ def from_dense(sparse: LanguageModel, dense: LanguageModel) -> LanguageModel:
         if name not in own or own[name].shape != leaf.shape:
             was = own[name].shape if name in own else "nothing"
             raise ValueError(f"the sparse model must have {name} in shape {leaf.shape}, as the dense one; it has {was}")
-    return jax.tree.unflatten(structure, [given.get(name, leaf) for name, leaf in own.items()])
+    return jax.tree.unflatten(structure, [given.get(name, leaf).astype(leaf.dtype) for name, leaf in own.items()])
 
 
 def indexer_mask(tree):

@@ -20,6 +20,8 @@ class TrainConfig:
       keep_checkpoints: how many of the newest checkpoints to keep.
       evaluate_every: steps between held-out evaluations; 0 evaluates at the end only.
       evaluate_batches: batches of such an evaluation on the way; 0 is the whole held-out set, as at the end.
+      start_from: work directory, or one checkpoint, of a trained model whose parameters a new run begins with; what that lacks
+        (the indexers of sparse attention) begins as ever. Says nothing to a run that resumes.
       log_every: steps between TensorBoard events, and between expert loads in metrics.jsonl (which has every step).
       progress_seconds: seconds between lines on the terminal.
     """
@@ -31,6 +33,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     evaluate_every: int = 0
     evaluate_batches: int = 8
+    start_from: str | None = None
     log_every: int = 10
     progress_seconds: float = 5.0
 

@@ -26,7 +26,7 @@ from research.training.evaluation import HeldOut, byte_lengths, evaluate
 from research.training.interrupts import Interrupts
 from research.training.metrics import Recorder, count, duration, read_lines, round_to, run_files, say_now
 from research.training.optimizers import make_optimizer, schedule, trains
-from research.training.runs import CACHE_FOLDER, check_changes, claim, placed, read_config, write_config
+from research.training.runs import CACHE_FOLDER, check_changes, claim, placed, read_config, take_over, write_config
 from research.training.state import TrainState, create_state
 from research.training.step import make_eval_step, make_train_step
 
@@ -292,6 +292,8 @@ def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Ca
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     if newest is None:
         graphdef, state = create_state(config.model, optimizer, config.train.seed)
+        if config.train.start_from is not None:
+            state = take_over(config.train.start_from, graphdef, state, corpus.tokenizer, say)
         step = 0
     else:
         graphdef, abstract = _abstract_state(config, optimizer)

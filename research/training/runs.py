@@ -1,6 +1,7 @@
 """A work directory as a run: whose it is, what may change when it goes on, and its model for use elsewhere."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from flax import nnx
 from research.config import ConfigError, from_dict, to_json
 from research.data.tokenization import Tokenizer, tokenizer_from_json
 from research.models.language_model import LanguageModel
+from research.models.sparsify import from_dense
 from research.training.checkpoints import (
     CHECKPOINTS_FOLDER,
     ORBAX_METADATA_FILE,
@@ -24,6 +26,7 @@ from research.training.checkpoints import (
     read_tokenizer,
 )
 from research.training.config import ExperimentConfig
+from research.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 CACHE_FOLDER = "cache"
@@ -167,6 +170,25 @@ def load_for_inference(directory: str | os.PathLike, say=print) -> Trained:
     model = nnx.merge(graphdef, loaded["params"], loaded["variables"])
     tokenizer = tokenizer_from_json(read_tokenizer(path))
     return Trained(model, tokenizer, config, about["step"], about["corpus_hash"], path)
+
+
+def take_over(directory: str | os.PathLike, graphdef, state: TrainState, tokenizer: Tokenizer, say=print) -> TrainState:
+    """A fresh ``state`` that begins with the parameters and router biases of a trained model: a dense one's, say, for a
+    sparse model (``research.models.sparsify``).
+
+    Raises:
+      ConfigError: there is no checkpoint, its tokens are others, or it has a variable that the new model lacks.
+    """
+    trained = load_for_inference(directory, say)
+    if trained.tokenizer.to_json() != tokenizer.to_json():
+        raise ConfigError(f"train.start_from is {directory}, which must have been trained with this run's tokenizer")
+    try:
+        model = from_dense(nnx.merge(graphdef, state.params, state.variables), trained.model)
+    except ValueError as error:
+        raise ConfigError(f"train.start_from is {directory}: {error}") from error
+    _, params, variables = nnx.split(model, nnx.Param, ...)
+    say(f"starting from {trained.path}, step {trained.step}")
+    return dataclasses.replace(state, params=params, variables=variables)
 
 
 def abstract_model(config: ExperimentConfig):

@@ -16,6 +16,7 @@ from research.models.multi_token import multi_token_sums
 from research.ops import balancing
 from research.ops.dynamic_chunking import ChunkStatistics
 from research.ops.losses import cross_entropy
+from research.ops.sparse_attention import IndexStatistics
 from research.sharding.mesh import P, on_mesh
 from research.training.state import TrainState
 
@@ -39,8 +40,9 @@ def make_train_step(
     of the model, coefficients included, summed over its layers, those over chunks and of heads ahead among them:
     balance_loss, z_loss and others of experts, index_loss (sparse attention), ratio_loss (chunks), mtp_loss (heads ahead).
     With experts also load_LE (share of assignments, a row a layer, where layers have equally many experts), max_violation
-    (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with chunks
-    tokens_per_chunk, and tokens_per_chunk_2 for chunks of chunks.
+    (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with indexers
+    that warm up index_captured (share of attention that their top-k hold, mean); with chunks tokens_per_chunk, and
+    tokens_per_chunk_2 for chunks of chunks.
 
     Args:
       trained: of paths in a state tree, which variables the step changes; no gradient is computed for the others.
@@ -128,7 +130,7 @@ def update_router_biases(model: LanguageModel, aux: Auxiliaries) -> None:
 def layer_metrics(model: LanguageModel, aux: Auxiliaries) -> dict[str, Array]:
     """What ``make_train_step`` reports of layers, whether the model has them or a model inside it."""
     found = list(reports(model, aux))
-    return {**_router_metrics(list(_routers(found))), **_chunk_metrics(found)}
+    return {**_router_metrics(list(_routers(found))), **_index_metrics(found), **_chunk_metrics(found)}
 
 
 def _routers(found: Iterable[Report]) -> Iterator[Report]:
@@ -155,6 +157,15 @@ def _router_metrics(routers: list[Report]) -> dict[str, Array]:
         "router_entropy": jnp.mean(over_layers("entropy")),
         "dropped_assignments": sum((jnp.sum(s.dropped, dtype=jnp.float32) for s in flat), jnp.zeros((), jnp.float32)),
     }
+
+
+def _index_metrics(found: list[Report]) -> dict[str, Array]:
+    flat = [report.flat for report in found if isinstance(report.auxiliary, IndexStatistics)]
+    known = [statistics for statistics in flat if statistics.captured is not None]
+    if not known:
+        return {}
+    captured, queries = (sum(jnp.sum(getattr(s, name)) for s in known) for name in ("captured", "queries"))
+    return {"index_captured": captured / jnp.maximum(queries, 1)}
 
 
 def _chunk_metrics(found: list[Report]) -> dict[str, Array]:

@@ -149,7 +149,7 @@ def test_divergence(selected, small_blocks):
         mask = np.zeros((B, T, T + 1), bool)
         np.put_along_axis(mask, np.asarray(index), True, axis=-1)
         mask = mask[..., :T]
-    score, total = defined_scores(index_q, index_k, w), 0.0
+    score, total, captured = defined_scores(index_q, index_k, w), 0.0, 0.0
     for b, t in zip(*np.nonzero(IDS), strict=True):
         p = 0
         for h in range(4):
@@ -157,16 +157,20 @@ def test_divergence(selected, small_blocks):
             p = p + e / e.sum() / 4
         log_q = score[b, t, mask[b, t]] - np.log(np.exp(score[b, t, mask[b, t]]).sum())
         total += (p * (np.log(p) - log_q)).sum()
+        captured += p[np.argsort(0.0 - score[b, t, mask[b, t]], kind="stable")[:3]].sum()
 
     @jax.jit
     def ours(index_q, q):
         def loss(index_q, q):
-            statistics = index_divergence(index_q, index_k, w, q, k, tokens, tokens, scale=0.3, index_BTN=index)
-            return statistics.divergence, statistics.queries
+            statistics = index_divergence(
+                index_q, index_k, w, q, k, tokens, tokens, scale=0.3, index_BTN=index, top_k=3
+            )
+            return statistics.divergence, (statistics.queries, statistics.captured)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(index_q, q)
 
-    (divergence, queries), (slope, none) = ours(index_q, q)
+    (divergence, (queries, share)), (slope, none) = ours(index_q, q)
+    assert share is None if selected else abs(share - captured) < 1e-4
     np.testing.assert_allclose(divergence, total, rtol=1e-5)
     assert queries == (IDS > 0).sum() and (none == 0).all()
     direction = random.normal(size=index_q.shape)

@@ -10,14 +10,16 @@ from research.ops.attention import Tokens, visible
 from research.ops.attention.dense import masked_softmax
 from research.ops.sparse_attention.attend import gather, scores
 from research.ops.sparse_attention.blocks import map_queries, queries_per_block
-from research.ops.sparse_attention.index import index_scores
+from research.ops.sparse_attention.index import index_scores, one_zero
 
 
 class IndexStatistics(NamedTuple):
-    """Sums over the real queries of a batch: of KL(p ‖ softmax(I)) in nats, and how many; float32 or wider."""
+    """Sums over the real queries of a batch: of KL(p ‖ softmax(I)) in nats, how many, and, where it was asked for, of the
+    share of p that the best keys hold; float32 or wider."""
 
     divergence: Float[Array, "..."]
     queries: Float[Array, "..."]
+    captured: Float[Array, "..."] | None = None
 
 
 def index_divergence(
@@ -31,6 +33,7 @@ def index_divergence(
     *,
     scale: float,
     index_BTN: Int[Array, "B T N"] | None = None,
+    top_k: int | None = None,
 ) -> IndexStatistics:
     """Σ_t KL(p_t ‖ softmax(I_t)) (DeepSeek-V3.2-Exp, eq. 3 and 4).
 
@@ -40,6 +43,7 @@ def index_divergence(
     Args:
       index_q_BTHK, index_k_BSK, w_BTH: as in ``index_scores``; computed in float32.
       scale: of the attention's scores.
+      top_k: without ``index_BTN``, also how much of p the ``top_k`` keys of the highest scores hold.
     """
     B, S, G, J = k_BSGK.shape
     heads, index_heads, index_width = q_BTHK.shape[2], *index_q_BTHK.shape[2:]
@@ -61,13 +65,19 @@ def index_divergence(
         score_BCN = jnp.where(mask_BCN, score_BCN, jnp.finfo(score_BCN.dtype).min)
         log_q_BCN = jax.nn.log_softmax(score_BCN, axis=-1)
         log_p_BCN = jnp.log(jnp.where(p_BCN > 0, p_BCN, 1))
-        return jnp.sum(jnp.where(p_BCN > 0, p_BCN * (log_p_BCN - log_q_BCN), 0), axis=-1)
+        divergence_BC = jnp.sum(jnp.where(p_BCN > 0, p_BCN * (log_p_BCN - log_q_BCN), 0), axis=-1)
+        if index_BCN is not None or top_k is None:
+            return divergence_BC, None
+        _, best_BCN = jax.lax.top_k(one_zero(jax.lax.stop_gradient(score_BCN)), min(top_k, S))
+        return divergence_BC, jnp.sum(jnp.take_along_axis(p_BCN, best_BCN, axis=-1), axis=-1)
 
     if index_BTN is None:
         elements = S * max(heads, index_heads)
     else:
         elements = index_BTN.shape[-1] * max(heads, index_heads, G * J, index_width)
     arrays = (index_q_BTHK, w_BTH, q_BTHK, query, index_BTN)
-    divergence_BT = map_queries(block, arrays, queries_per_block(B * elements))
+    divergence_BT, captured_BT = map_queries(block, arrays, queries_per_block(B * elements))
     real_BT = query.segment_BT > 0
-    return IndexStatistics(jnp.sum(jnp.where(real_BT, divergence_BT, 0)), jnp.sum(real_BT, dtype=divergence_BT.dtype))
+    total = lambda x_BT: jnp.sum(jnp.where(real_BT, x_BT, 0))  # noqa: E731
+    queries = jnp.sum(real_BT, dtype=divergence_BT.dtype)
+    return IndexStatistics(total(divergence_BT), queries, None if captured_BT is None else total(captured_BT))

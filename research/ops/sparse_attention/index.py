@@ -63,14 +63,17 @@ def select(
 
     def block(q_BCHK, w_BCH, query):
         score_BCS = index_scores(q_BCHK, k_BSK, w_BCH, precision=precision)
-        # One zero: a negative weight makes −0 of a key that no head answers to.
-        score_BCS = jnp.where(score_BCS == 0, 0, score_BCS)
-        score_BCS = jnp.where(visible(query, source), score_BCS, -jnp.inf)
+        score_BCS = jnp.where(visible(query, source), one_zero(score_BCS), -jnp.inf)
         top_BCN, slot_BCN = jax.lax.top_k(score_BCS, most)
         return jnp.where(top_BCN > -jnp.inf, slot_BCN.astype(jnp.int32), S)
 
     B, _, H, _ = q_BTHK.shape
     return map_queries(block, (q_BTHK, w_BTH, query), queries_per_block(B * (H + 2) * S))
+
+
+def one_zero(score: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Scores whose zeros are alike, so that the lowest slot wins: a negative weight makes −0 of a key no head answers to."""
+    return jnp.where(score == 0, 0, score)
 
 
 def hadamard(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
