@@ -124,6 +124,19 @@ def test_decoding_continues_prefill(hnet):
     assert 2 < statistics.boundaries[0] < 2 * T
 
 
+@pytest.mark.slow
+def test_two_stages_continue_at_any_split():
+    """One shape for all cuts: what is left out stands behind, as padding."""
+    model, tokens_BT = small_model(config_of(TWO)), tokens_of()
+    whole = call(model, tokens_BT).logits_BTV
+    first = lambda count: jnp.broadcast_to(jnp.arange(T) < count, (2, T)).astype(jnp.int32)  # noqa: E731
+    for cut in range(1, T):
+        before = call(model, tokens_BT, first(cut), cache=model.init_cache(2, T))
+        after = call(model, jnp.roll(tokens_BT, -cut, axis=1), first(T - cut), cache=before.cache)
+        both = jnp.concatenate([before.logits_BTV[:, :cut], after.logits_BTV[:, : T - cut]], axis=1)
+        chex.assert_trees_all_close(both, whole, atol=3e-5)
+
+
 @STAGES
 def test_documents_are_separate_and_padding_is_nothing(hnet):
     model, tokens_BT = small_model(config_of(hnet)), tokens_of(12)
