@@ -23,7 +23,7 @@ class MLPConfig:
             raise ValueError(f"hidden must be at least 1, got {self.hidden}")
 
     def flops(self, width: int, context: float) -> float:
-        return 2 * (self.activation.matrices + 1) * width * self.hidden
+        return 2.0 * (self.activation.matrices + 1) * width * self.hidden
 
     def build(self, width: int, *, depth: int, rngs: nnx.Rngs, param_dtype) -> "MLP":
         return MLP(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)

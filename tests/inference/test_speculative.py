@@ -12,6 +12,7 @@ from research.inference import generate, speculate
 from research.layers.attention import AttentionConfig
 from research.layers.mlp import MLPConfig
 from research.models.config import ModelConfig, MTPConfig, Residual
+from research.sharding.mesh import MeshConfig, make_mesh
 from tests.models.small import CONFIG, small_model
 
 PROMPTS = [[3, 1, 4, 1, 2], [2, 0, 1, 3, 3, 4, 2, 1, 0], [4], [0, 0]]
@@ -97,3 +98,6 @@ def test_what_cannot_be_is_named():
     assert speculate(model, []).new == []
     with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
         speculate(model, [[]])
+    alone = pytest.raises(NotImplementedError, match="speculate runs on one device, without a mesh")
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])), alone:
+        speculate(model, [[1]])

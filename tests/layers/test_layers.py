@@ -191,7 +191,7 @@ def test_packed_equals_separate(name):
 def test_split_anywhere_and_carried_on_is_whole(name):
     mixer, x_1TD = mixer_of(name), inputs()[:1]
     whole, final = step_by_step(mixer, x_1TD)
-    for cut in range(0, T + 1, 2):
+    for cut in range(T + 1):
         left_1T = (np.arange(T) < cut).astype(np.int32)[None]
         first, state = whole_row(mixer, x_1TD, mixer.init_state(1, T, jnp.float32), left_1T)
         second, state = whole_row(mixer, x_1TD, state, 1 - left_1T, cut)

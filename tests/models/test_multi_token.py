@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from research.layers.context import Context
 from research.models.config import MTPConfig
-from research.models.language_model import positions_of
+from research.models.flops import forward_flops
+from research.models.language_model import LanguageModel, positions_of
 from research.models.multi_token import MultiTokenSums, multi_token_loss, multi_token_sums
 from tests.models.small import CONFIG, small_model
 
@@ -74,6 +76,18 @@ def test_the_loss_reaches_heads_and_model():
         assert jnp.abs(slope).max() > 0, name
     none = multi_token_loss(model, MultiTokenSums(jnp.zeros(1), jnp.zeros(1)))
     chex.assert_trees_all_close(none, 0.0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_flops_count_every_head(shared):
+    """Twice the entries of each head's matrices, however often they are read, and the model's own head each time."""
+    model = model_of(2, shared)
+    config = dataclasses.replace(model.config, mtp=dataclasses.replace(model.config.mtp, pattern=("mlp",)))
+    leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).mtp))
+    matrices = sum(leaf.size for path, leaf in leaves if "w_" in jax.tree_util.keystr(path))
+    flops = forward_flops(config, context=9.0)
+    assert flops["ahead"] == 2 * (matrices * (2 if shared else 1) + 2 * 31 * config.width)
+    assert forward_flops(dataclasses.replace(config, mtp=None), 9.0) == flops | {"ahead": 0.0}
 
 
 def test_a_head_of_unknown_branches_is_refused():
