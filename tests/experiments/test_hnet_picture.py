@@ -10,6 +10,7 @@ from tests.models.small import small_model
 from tests.models.test_hnet import TWO, config_of
 
 
+@pytest.mark.slow
 def test_cuts_are_the_routers():
     """Both levels: what a whole row's routing says, which the state of decoding counts."""
     model, ids_T = small_model(config_of(TWO)), np.random.default_rng(0).integers(0, 31, 13)
