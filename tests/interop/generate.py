@@ -7,13 +7,16 @@
 
 ``golden/NAME/tiny.json`` is written by hand: ``model`` (class in transformers or in ``composed``), ``config`` (its class), ``arguments`` of the
 configuration, ``seed``, ``atol`` for our logits (the family's noise floor), and where norms are stored as their distance from
-1 ``centred``, a regular expression found in their names. What is written beside it: ``config.json``,
+1 ``centred``, a regular expression found in their names; ``fixed``, one of whole names, for buffers that the configuration
+decides, which stay as they are and which our checkpoints lack; ``renamed``, pairs for ``re.sub``, where transformers saves under
+other names than the hub's, which it also loads. What is written beside it: ``config.json``,
 ``tensors.json`` (names and shapes as the hub has them), ``logits.npz`` (float32, a document each) and ``new.json`` (greedy
 continuations).
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -54,10 +57,12 @@ def write(folder: Path) -> None:
         named(tiny["model"])(config).save_pretrained(made)
         # The names of the hub, which are not those of the modules.
         with safe_open(f"{made}/model.safetensors", "np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+            made_of = {hub_name(name, tiny): file.get_tensor(name) for name in sorted(file.keys())}
+        fixed = {name: tensor for name, tensor in made_of.items() if is_fixed(name, tiny)}
+        shapes = {name: list(tensor.shape) for name, tensor in made_of.items() if name not in fixed}
         options = (tiny["seed"], tiny.get("centred", "(?!)"))
         filled = {name: weight(name, tuple(shape), *options) for name, shape in shapes.items()}
-        save_file(filled, f"{made}/model.safetensors", metadata={"format": "pt"})
+        save_file(filled | fixed, f"{made}/model.safetensors", metadata={"format": "pt"})
         hub = json.loads(Path(made, "config.json").read_text())
         logits, new = run(made, tiny)
     (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
@@ -65,6 +70,16 @@ def write(folder: Path) -> None:
     (folder / "new.json").write_text(json.dumps(new) + "\n")
     np.savez_compressed(folder / "logits.npz", **{f"document_{i}": x for i, x in enumerate(logits)})
     print(f"{folder.name}: {len(shapes)} tensors, logits of standard deviation {np.std(logits[0]):.2f}")
+
+
+def is_fixed(name: str, tiny: dict) -> bool:
+    return re.fullmatch(tiny.get("fixed", "(?!)"), name) is not None
+
+
+def hub_name(name: str, tiny: dict) -> str:
+    for pattern, replacement in tiny.get("renamed", []):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def check(name: str, directory: str) -> None:
@@ -87,6 +102,7 @@ def run(directory: str, tiny: dict) -> tuple[list[np.ndarray], list[list[int]]]:
     """Logits of each document, and the greedy continuations."""
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     model, told = named(tiny["model"]).from_pretrained(directory, output_loading_info=True, **options)
+    told["missing_keys"] = [name for name in told["missing_keys"] if not is_fixed(name, tiny)]
     wrong = {what: keys for what, keys in told.items() if keys}
     if wrong:
         sys.exit(f"{directory}: {wrong}")
