@@ -6,19 +6,35 @@ from research.layers.attention import AttentionConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
+from research.layers.norms import RMSNormConfig
 from research.models.config import ModelConfig, Residual
 from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, joined, parts
 
 
 def config(keys: Keys) -> ModelConfig:
     keys.only("hidden_act", "silu")
-    norm, bias = parts.rms_norm(keys, centred=True), keys.get("attention_bias", False)
+    branches, sparse = mixers(keys), Residual("experts", experts(keys), pre_norm=norm(keys))
+    dense = Residual("mlp", MLPConfig(keys["intermediate_size"]), pre_norm=norm(keys))
+    layers = [
+        (branches[kind], sparse if has_experts else dense)
+        for kind, has_experts in zip(layer_types(keys), parts.sparse_layers(keys), strict=True)
+    ]
+    return parts.language_model(keys, layers, norm(keys))
+
+
+def norm(keys: Keys) -> RMSNormConfig:
+    return parts.rms_norm(keys, centred=True)
+
+
+def mixers(keys: Keys) -> dict[str, Residual]:
+    """Attention and Gated DeltaNet by their names in ``layer_types``."""
+    bias = keys.get("attention_bias", False)
     attention = AttentionConfig(
         heads=keys["num_attention_heads"],
         key_heads=keys["num_key_value_heads"],
         head_width=keys.get("head_dim", 256),
         gated=True,
-        qk_norm=norm,
+        qk_norm=norm(keys),
         bias=bias,
         out_bias=bias,
         **parts.rope(keys, fraction=0.25),
@@ -29,9 +45,16 @@ def config(keys: Keys) -> ModelConfig:
         key_width=keys["linear_key_head_dim"],
         value_width=keys["linear_value_head_dim"],
         taps=keys["linear_conv_kernel_dim"],
-        norm_eps=norm.eps,
+        norm_eps=norm(keys).eps,
     )
-    experts = MoEConfig(
+    return {
+        "full_attention": Residual("attention", attention, pre_norm=norm(keys)),
+        "linear_attention": Residual("deltanet", deltanet, pre_norm=norm(keys)),
+    }
+
+
+def experts(keys: Keys) -> MoEConfig:
+    return MoEConfig(
         experts=keys.either("num_experts", "num_local_experts"),
         per_token=keys["num_experts_per_tok"],
         hidden=keys["moe_intermediate_size"],
@@ -39,17 +62,6 @@ def config(keys: Keys) -> ModelConfig:
         shared_gate=True,
         router=TopKRouter(renormalise=keys.get("norm_topk_prob", True)),
     )
-    mixers = {
-        "full_attention": Residual("attention", attention, pre_norm=norm),
-        "linear_attention": Residual("deltanet", deltanet, pre_norm=norm),
-    }
-    sparse = Residual("experts", experts, pre_norm=norm)
-    dense = Residual("mlp", MLPConfig(keys["intermediate_size"]), pre_norm=norm)
-    layers = [
-        (mixers[kind], sparse if has_experts else dense)
-        for kind, has_experts in zip(layer_types(keys), parts.sparse_layers(keys), strict=True)
-    ]
-    return parts.language_model(keys, layers, norm)
 
 
 def layer_types(keys: Keys) -> list[str]:
@@ -70,6 +82,11 @@ def gated_deltanet(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     yield joined(f"{prefix}in_proj_qkvz.weight", q, k, v, z, axis=1, shape=(-1, D))
     b, a = (view.T.split(0, G, R) for view in branch["mixer.w_ba_DN"].cut(1, c.heads, c.heads))
     yield joined(f"{prefix}in_proj_ba.weight", b, a, axis=1, shape=(-1, D))
+    yield from recurrence(prefix, branch)
+
+
+def recurrence(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    """What lies between the projections in and the projection out, and that."""
     yield joined(f"{prefix}conv1d.weight", branch["mixer.w_conv_WN"].T.split(0, -1, 1))
     yield joined(f"{prefix}A_log", branch["mixer.log_rate_H"])
     yield joined(f"{prefix}dt_bias", branch["mixer.dt_bias_H"])
@@ -77,7 +94,7 @@ def gated_deltanet(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     yield parts.linear(f"{prefix}out_proj.weight", branch["mixer.w_out_ND"])
 
 
-def tensors(model: ModelViews) -> Iterator[Tensor]:
+def tensors(model: ModelViews, deltanet=gated_deltanet) -> Iterator[Tensor]:
     yield from parts.ends(model)
     for n in range(len(model.branches) // 2):
         mixer, mlp = model.branches[2 * n : 2 * n + 2]
@@ -86,7 +103,7 @@ def tensors(model: ModelViews) -> Iterator[Tensor]:
         if isinstance(mixer.residual.mixer, AttentionConfig):
             yield from parts.attention(f"{prefix}self_attn.", mixer)
         else:
-            yield from gated_deltanet(f"{prefix}linear_attn.", mixer)
+            yield from deltanet(f"{prefix}linear_attn.", mixer)
         yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
         if isinstance(mlp.residual.mixer, MLPConfig):
             yield from parts.gated_mlp(f"{prefix}mlp.", mlp)

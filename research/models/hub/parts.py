@@ -56,6 +56,8 @@ def rope(keys: Keys, *, theta: float = 10_000.0, fraction: float = 1.0) -> dict[
     """The rotary fields of ``AttentionConfig``, as transformers 5 writes them (``rope_parameters``) or as it did before."""
     inner = keys.inside("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
     keys.inert("rope_scaling", "rope_parameters")
+    # Sections of a position in time, height and width, which are the same in text.
+    inner.inert("mrope_section", "mrope_interleaved")
     return {
         "rope_theta": float(inner.get("rope_theta", keys.get("rope_theta", theta))),
         "rotary_fraction": inner.get("partial_rotary_factor", keys.get("partial_rotary_factor", fraction)),

@@ -1,0 +1,45 @@
+"""Qwen3.5, dense, its language model (Qwen Team 2026): Qwen3-Next's mixers with their projections stored apart."""
+
+from collections.abc import Iterator
+
+from research.layers.gated_deltanet import GatedDeltaNetConfig
+from research.layers.mlp import MLPConfig
+from research.models.config import ModelConfig, Residual
+from research.models.families import qwen3_next
+from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, parts
+
+
+def config(keys: Keys) -> ModelConfig:
+    return model(keys, Residual("mlp", MLPConfig(keys["intermediate_size"]), pre_norm=qwen3_next.norm(keys)))
+
+
+def model(keys: Keys, feed_forward: Residual) -> ModelConfig:
+    """Of Qwen3.5, dense or with experts."""
+    keys.only("hidden_act", "silu")
+    keys.only("attn_output_gate", True)
+    keys.inert("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "full_attention_interval")
+    mixers = qwen3_next.mixers(keys)
+    layers = [(mixers[kind], feed_forward) for kind in qwen3_next.layer_types(keys)]
+    return parts.language_model(keys, layers, qwen3_next.norm(keys))
+
+
+def gated_deltanet(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    c = branch.mixer(GatedDeltaNetConfig)
+    yield parts.linear(f"{prefix}in_proj_qkv.weight", branch["mixer.w_qkv_DN"])
+    yield parts.linear(f"{prefix}in_proj_z.weight", branch["mixer.w_gate_DN"])
+    for name, view in zip("ba", branch["mixer.w_ba_DN"].cut(1, c.heads, c.heads), strict=True):
+        yield parts.linear(f"{prefix}in_proj_{name}.weight", view)
+    yield from qwen3_next.recurrence(prefix, branch)
+
+
+def tensors(model: ModelViews) -> Iterator[Tensor]:
+    return qwen3_next.tensors(model, gated_deltanet)
+
+
+FAMILY = Family(
+    model_types=("qwen3_5_text",),
+    architectures=("Qwen3_5ForCausalLM",),
+    config=config,
+    tensors=tensors,
+    ignored=(r"mtp\..*",),
+)
