@@ -102,7 +102,7 @@ def experts(keys: Keys, eps: float) -> MoEConfig:
             score="sigmoid",
             renormalise=keys.get("norm_topk_prob", True),
             scale=float(keys.get("routed_scaling_factor", 1.0)),
-            top_groups=keys.get("topk_group", 1) if groups > 1 else 0,
+            top_groups=keys.get("topk_group", 1),
             group_score="top2",
         ),
         groups=groups,
