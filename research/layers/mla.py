@@ -25,7 +25,8 @@ class MLAConfig:
       value_width: of one value head.
       latent: width of what all keys and values are made from; it is cached, beside one rotated key for all heads.
       query_latent: width of what the queries are made from; None makes them from the input.
-      rope_theta, rope_layout, rope_scaling: as in ``research.ops.rope``; DeepSeek's turns pairs.
+      rope_theta, rope_layout, rope_scaling: as in ``research.ops.rope``; DeepSeek's turns pairs. A theta
+        of None turns nothing (Kimi Linear).
       norm_eps: of the norms on both latents (1e-6 in DeepSeek's whatever the model's).
       scale: of the scores; None is (nope_width + rope_width)^-1/2, times YaRN's own where it has one.
       form: 'absorbed' attends to the latents themselves (one key head of latent + rope_width channels; decoding),
@@ -39,7 +40,7 @@ class MLAConfig:
     value_width: int = 64
     latent: int = 128
     query_latent: int | None = None
-    rope_theta: float = 10_000.0
+    rope_theta: float | None = 10_000.0
     rope_layout: RopeLayout = "pairs"
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
@@ -156,6 +157,8 @@ class MLA(nnx.Module):
 
     def _turned(self, x_BTHK, context: Context):
         c = self.config
+        if c.rope_theta is None:
+            return x_BTHK
         turn = {"theta": c.rope_theta, "layout": c.rope_layout, "scaling": c.rope_scaling}
         return rope(x_BTHK, context.positions_BT, **turn)
 
