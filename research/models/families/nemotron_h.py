@@ -52,9 +52,10 @@ EXPERT_KEYS = (
 
 def layer_types(keys: Keys) -> list[str]:
     """Listed, or a letter each."""
-    listed = keys.get("layers_block_type") or list(keys["hybrid_override_pattern"])
+    listed: list[str] = keys.get("layers_block_type") or list(keys["hybrid_override_pattern"])
     keys.inert("hybrid_override_pattern")
-    kinds = [KINDS.get(kind, OLD_KINDS.get(kind, kind)) for kind in listed]
+    known = {**KINDS, **OLD_KINDS}
+    kinds = [known.get(kind, kind) for kind in listed]
     for kind in dict.fromkeys(kinds):
         if kind not in KINDS.values():
             keys.refuse(f"layers_block_type must hold {', '.join(KINDS.values())}, got {kind!r}")
