@@ -1,0 +1,95 @@
+"""How large the presets of published models are, by shapes alone, beside the figures that were published.
+
+    python -m experiments.parameters [NAME ...] [--markdown]        docs/parameters.md is what --markdown prints
+
+Nothing is built: half a minute on one core for all of them.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from experiments import cli
+from research.config import ConfigError
+from research.models.parameter_count import ParameterCount, parameter_count
+
+# Billions as published: all, active, what the second figure leaves out, and where what was published is not this model alone.
+PUBLISHED = {
+    "llama3_8b": (8.03, None, "", ""),
+    "llama3_70b": (70.6, None, "", ""),
+    "olmoe_1b_7b": (6.9, 1.3, "", ""),
+    "qwen3_30b_a3b": (30.5, 3.3, "", ""),
+    "qwen3_235b_a22b": (235, 22, "", ""),
+    "qwen3_next_80b_a3b": (80, 3, "embedding head", ""),
+    "mixtral_8x7b": (46.7, 12.9, "", ""),
+    "mixtral_8x22b": (141, 39, "", ""),
+    "qwen1_5_moe_a2_7b": (14.3, 2.7, "", ""),
+    "qwen2_57b_a14b": (57.4, 14.2, "", ""),
+    "deepseek_moe_16b": (16.4, 2.8, "", ""),
+    "deepseek_v2_236b": (236, 21, "", ""),
+    "deepseek_v2_lite": (15.7, 2.4, "embedding", ""),
+    "deepseek_v3_671b": (671, 37, "embedding", ""),
+    "deepseek_v32_671b": (671, 37, "embedding", ""),
+    "glm_5_744b": (744, 40, "embedding head", ""),
+    "gpt_oss_20b": (20.9, 3.61, "embedding", ""),
+    "gpt_oss_120b": (116.8, 5.13, "embedding", ""),
+    "dbrx_132b": (132, 36, "", ""),
+    "llama4_scout": (None, 17, "", "109 with its vision tower"),
+    "llama4_maverick": (400, 17, "", ""),
+    "grok_1_314b": (314, None, "", ""),
+    "minicpm_moe_8x2b": (None, 4, "embedding", "13.6 without the embedding"),
+}
+HEADER = ("preset", "parameters", "published", "active", "published", "active leaves out", "of all is published")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m experiments.parameters",
+        description="Counts the parameters of published models' presets and says what was published, in billions.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="presets; all published ones if none is named")
+    parser.add_argument("--markdown", action="store_true", help="print the page docs/parameters.md")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.names if name not in PUBLISHED]
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no preset of a published model: there are {', '.join(PUBLISHED)}")
+    rows = list(table(options.names or list(PUBLISHED)))
+    print(page(rows) if options.markdown else cli.table([HEADER, *rows]), end="\n" if not options.markdown else "")
+    return 0
+
+
+def counted(name: str) -> ParameterCount:
+    return parameter_count(importlib.import_module(f"configs.{name}").CONFIG.model)
+
+
+def active(name: str, count: ParameterCount) -> int:
+    """Parameters at work on a token, without what the published figure leaves out."""
+    return count.active - sum(getattr(count, part) for part in PUBLISHED[name][2].split())
+
+
+def table(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for name in names:
+        published, published_active, without, note = PUBLISHED[name]
+        count = counted(name)
+        ours = (f"{count.total / 1e9:.2f}", f"{active(name, count) / 1e9:.2f}")
+        said = ["" if figure is None else f"{figure}" for figure in (published, published_active)]
+        yield name, ours[0], said[0], ours[1], said[1], " and ".join(without.split()), note
+
+
+def page(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [
+        "# Published models, at their dimensions",
+        "",
+        "Billions of parameters of the presets in [configs](../configs), counted from the shapes of their arrays, beside what was",
+        "published. Heads that predict further ahead are left out, as published figures do. This page is what",
+        "`python -m experiments.parameters --markdown` prints.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---|" + "---:|" * 4 + "---|---|",
+        *("| " + " | ".join((f"`{row[0]}`", *row[1:])) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call(main))
