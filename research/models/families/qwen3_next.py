@@ -1,5 +1,10 @@
-"""Qwen3-Next (Qwen Team 2025): three layers of Gated DeltaNet to one of gated attention, experts and a gated shared one."""
+"""Qwen3-Next (Qwen Team 2025): three layers of Gated DeltaNet to one of gated attention, experts and a gated shared one.
 
+Its head ahead (``mtp.*``) is one more layer of attention and experts. It is loaded where config.json says
+``num_nextn_predict_layers: 1``, and left out, with a word, where it doesn't.
+"""
+
+import dataclasses
 from collections.abc import Iterator
 
 from research.layers.attention import AttentionConfig
@@ -7,7 +12,7 @@ from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.layers.norms import RMSNormConfig
-from research.models.config import ModelConfig, Residual
+from research.models.config import ModelConfig, MTPConfig, Residual
 from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, joined, parts
 
 
@@ -19,7 +24,12 @@ def config(keys: Keys) -> ModelConfig:
         (branches[kind], sparse if has_experts else dense)
         for kind, has_experts in zip(layer_types(keys), parts.sparse_layers(keys), strict=True)
     ]
-    return parts.language_model(keys, layers, norm(keys))
+    model = parts.language_model(keys, layers, norm(keys))
+    if not keys.only("num_nextn_predict_layers", 0, 1):
+        return model
+    head = (branches["full_attention"], sparse)
+    mtp = MTPConfig(pattern=tuple(branch.name for branch in head))
+    return dataclasses.replace(model, branches=tuple(dict.fromkeys((*model.branches, *head))), mtp=mtp)
 
 
 def norm(keys: Keys) -> RMSNormConfig:
@@ -97,20 +107,29 @@ def recurrence(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
 def tensors(model: ModelViews, deltanet=gated_deltanet) -> Iterator[Tensor]:
     yield from parts.ends(model)
     for n in range(len(model.branches) // 2):
-        mixer, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", mixer["pre_norm.scale_D"])
-        if isinstance(mixer.residual.mixer, AttentionConfig):
-            yield from parts.attention(f"{prefix}self_attn.", mixer)
-        else:
-            yield from deltanet(f"{prefix}linear_attn.", mixer)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        if isinstance(mlp.residual.mixer, MLPConfig):
-            yield from parts.gated_mlp(f"{prefix}mlp.", mlp)
-        else:
-            yield from parts.experts(f"{prefix}mlp.", mlp)
-            yield from parts.shared_expert(f"{prefix}mlp.shared_expert.", mlp)
-            yield parts.linear(f"{prefix}mlp.shared_expert_gate.weight", mlp["mixer.w_shared_gate_D1"])
+        yield from _layer(f"model.layers.{n}.", model.branches[2 * n : 2 * n + 2], deltanet)
+    for head in model.heads:
+        yield joined("mtp.pre_fc_norm_embedding.weight", head["embedding_norm.scale_D"])
+        yield joined("mtp.pre_fc_norm_hidden.weight", head["hidden_norm.scale_D"])
+        yield parts.linear("mtp.fc.weight", head["w_merge_ND"])
+        yield from _layer("mtp.layers.0.", head.branches, deltanet)
+        yield joined("mtp.norm.weight", head["norm.scale_D"])
+
+
+def _layer(prefix: str, branches: list[BranchViews], deltanet) -> Iterator[Tensor]:
+    mixer, mlp = branches
+    yield joined(f"{prefix}input_layernorm.weight", mixer["pre_norm.scale_D"])
+    if isinstance(mixer.residual.mixer, AttentionConfig):
+        yield from parts.attention(f"{prefix}self_attn.", mixer)
+    else:
+        yield from deltanet(f"{prefix}linear_attn.", mixer)
+    yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
+    if isinstance(mlp.residual.mixer, MLPConfig):
+        yield from parts.gated_mlp(f"{prefix}mlp.", mlp)
+    else:
+        yield from parts.experts(f"{prefix}mlp.", mlp)
+        yield from parts.shared_expert(f"{prefix}mlp.shared_expert.", mlp)
+        yield parts.linear(f"{prefix}mlp.shared_expert_gate.weight", mlp["mixer.w_shared_gate_D1"])
 
 
 FAMILY = Family(
