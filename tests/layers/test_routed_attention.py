@@ -68,6 +68,7 @@ def test_equals_the_definition():
     assert statistics.counts_E.sum() == 2 * (IDS_BT > 0).sum()
 
 
+@pytest.mark.slow
 def test_a_cached_call_goes_on():
     x_BTD, positions_BT = inputs()
     whole, none, _ = call(layer(), x_BTD, positions_BT)
@@ -80,6 +81,7 @@ def test_a_cached_call_goes_on():
     chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh():
     """Finite, and the same on four devices, experts and heads split over them at rest."""
     x_BTD, positions_BT = inputs()

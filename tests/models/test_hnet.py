@@ -169,6 +169,7 @@ def test_gradients_reach_the_router_and_everything_behind_it(hnet):
         assert np.isfinite(slope).all() and jnp.abs(slope).max() > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_too_many_chunks_stay_in_the_last():
     """Half the slots: nothing before the overflow changes, and nothing after it fails."""
     model, tokens_BT = small_model(config_of(dataclasses.replace(INNER, capacity=0.3))), tokens_of()

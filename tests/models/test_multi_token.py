@@ -48,7 +48,7 @@ def heads_alone(model, tokens_1T, length):
     return logits
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_head_reads_the_one_before_it(shared):
     model = model_of(2, shared)
     assert len(model.mtp.heads) == (1 if shared else 2)

@@ -27,7 +27,7 @@ def logits(model):
     return np.asarray(jax.jit(lambda model: model(TOKENS_BT).logits_BTV)(model))
 
 
-@pytest.mark.parametrize(("active", "granularity"), [(1, 1), (2, 4)])
+@pytest.mark.parametrize(("active", "granularity"), [(1, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_an_upcycled_model_computes_what_the_dense_one_did(active, granularity):
     dense = small_model(DENSE)
     model = upcycle(dense, ["mlp"], copies=3, active=active, granularity=granularity)
@@ -37,6 +37,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(active, granularity):
     np.testing.assert_allclose(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_sets_the_copies_apart():
     dense = small_model(DENSE)
     model = upcycle(dense, ["mlp"], copies=2, noise=0.5, like=MoEConfig(dispatch=Capacity(4.0)))

@@ -98,10 +98,9 @@ def test_metrics_say_what_the_router_did(reference):
     assert 0 < nats / count < metrics["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "micro_batches"),
-    [pytest.param(None, 4, marks=pytest.mark.slow), ((2, 2), 2)],
-    ids=["no mesh, micro-batches", "mesh, micro-batches"],
+    ("mesh", "micro_batches"), [(None, 4), ((2, 2), 2)], ids=["no mesh, micro-batches", "mesh, micro-batches"]
 )
 def test_micro_batches_and_meshes_change_nothing(reference, mesh, micro_batches):
     other = run(mesh, micro_batches)
