@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from experiments import cli
 from research.config import ConfigError
+from research.models.cache_size import cache_bytes_per_token
+from research.models.config import ModelConfig
 from research.models.parameter_count import ParameterCount, parameter_count
 
 # Billions as published: all, active, what the second figure leaves out, and where what was published is not this model alone.
@@ -39,7 +41,16 @@ PUBLISHED = {
     "grok_1_314b": (314, None, "", ""),
     "minicpm_moe_8x2b": (None, 4, "embedding", "13.6 without the embedding"),
 }
-HEADER = ("preset", "parameters", "published", "active", "published", "active leaves out", "of all is published")
+HEADER = (
+    "preset",
+    "parameters",
+    "published",
+    "active",
+    "published",
+    "active leaves out",
+    "of all is published",
+    "cache, bytes a token",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def model_of(name: str) -> ModelConfig:
+    return importlib.import_module(f"configs.{name}").CONFIG.model
+
+
 def counted(name: str) -> ParameterCount:
-    return parameter_count(importlib.import_module(f"configs.{name}").CONFIG.model)
+    return parameter_count(model_of(name))
+
+
+def cached(name: str) -> int:
+    """Bytes that decoding keeps of one more token, in bfloat16: nothing of it in layers with windows or states."""
+    return cache_bytes_per_token(model_of(name), "bfloat16")
 
 
 def active(name: str, count: ParameterCount) -> int:
@@ -73,7 +93,7 @@ def table(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
         count = counted(name)
         ours = (f"{count.total / 1e9:.2f}", f"{active(name, count) / 1e9:.2f}")
         said = ["" if figure is None else f"{figure}" for figure in (published, published_active)]
-        yield name, ours[0], said[0], ours[1], said[1], " and ".join(without.split()), note
+        yield name, ours[0], said[0], ours[1], said[1], " and ".join(without.split()), note, f"{cached(name):,}"
 
 
 def page(rows: Sequence[tuple[str, ...]]) -> str:
@@ -81,11 +101,12 @@ def page(rows: Sequence[tuple[str, ...]]) -> str:
         "# Published models, at their dimensions",
         "",
         "Billions of parameters of the presets in [configs](../configs), counted from the shapes of their arrays, beside what was",
-        "published. Heads that predict further ahead are left out, as published figures do. This page is what",
-        "`python -m experiments.parameters --markdown` prints.",
+        "published. Heads that predict further ahead are left out, as published figures do. The last column is by how many bytes",
+        "the cache of decoding grows with a token of a long row, keys and latents in bfloat16 (layers with a window and recurrent",
+        "states add nothing). This page is what `python -m experiments.parameters --markdown` prints.",
         "",
         "| " + " | ".join(HEADER) + " |",
-        "|---|" + "---:|" * 4 + "---|---|",
+        "|---|" + "---:|" * 4 + "---|---|---:|",
         *("| " + " | ".join((f"`{row[0]}`", *row[1:])) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"

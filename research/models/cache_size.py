@@ -13,13 +13,18 @@ def cache_bytes(config: ModelConfig, length: int, dtype=None) -> int:
     Args:
       dtype: keys, values and latents are stored in; the compute dtype by default.
     """
-
-    def states():
-        return LanguageModel(config, rngs=nnx.Rngs(params=0)).init_cache(1, length, dtype).stages
-
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(states)))
+    return _cache_bytes(config, (length,), dtype)[0]
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype=None, *, length: int = 1 << 20) -> int:
     """By how many bytes the cache grows with one more token, about ``length``: 0 where states and windows are all it holds."""
-    return cache_bytes(config, length + 1, dtype) - cache_bytes(config, length, dtype)
+    before, after = _cache_bytes(config, (length, length + 1), dtype)
+    return after - before
+
+
+def _cache_bytes(config: ModelConfig, lengths: tuple[int, ...], dtype) -> list[int]:
+    def states():
+        model = LanguageModel(config, rngs=nnx.Rngs(params=0))
+        return [model.init_cache(1, length, dtype).stages for length in lengths]
+
+    return [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(s)) for s in jax.eval_shape(states)]

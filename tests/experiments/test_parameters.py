@@ -8,7 +8,7 @@ import pytest
 from experiments import parameters
 
 PAGE = Path(__file__).parents[2] / "docs/parameters.md"
-counted = functools.cache(parameters.counted)
+counted, cached = functools.cache(parameters.counted), functools.cache(parameters.cached)
 
 
 @pytest.mark.parametrize("name", parameters.PUBLISHED)
@@ -26,7 +26,12 @@ def agrees(count: int, billions: float) -> bool:
 
 def test_the_page_is_what_the_command_prints(monkeypatch):
     monkeypatch.setattr(parameters, "counted", counted)
+    monkeypatch.setattr(parameters, "cached", cached)
     assert PAGE.read_text() == parameters.page(list(parameters.table(list(parameters.PUBLISHED))))
+
+
+def test_deepseek_v3_caches_576_numbers_a_layer():
+    assert cached("deepseek_v3_671b") == 576 * 2 * 61
 
 
 def test_an_unknown_name(capsys):
