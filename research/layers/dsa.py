@@ -56,6 +56,8 @@ class DSAConfig(MLAConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.index_width < self.rope_width:
             raise ValueError(f"index_width must be at least rope_width, {self.rope_width}, got {self.index_width}")
+        if self.rope_theta is None and self.indices != "shared":
+            raise ValueError("rope_theta must be a number where there is an indexer, which turns its keys; got None")
         if self.precision == "float8" and self.index_width & (self.index_width - 1):
             raise ValueError(f"precision='float8' needs index_width to be a power of two, got {self.index_width}")
 

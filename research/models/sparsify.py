@@ -21,8 +21,3 @@ def from_dense(sparse: LanguageModel, dense: LanguageModel) -> LanguageModel:
             was = own[name].shape if name in own else "nothing"
             raise ValueError(f"the sparse model must have {name} in shape {leaf.shape}, as the dense one; it has {was}")
     return jax.tree.unflatten(structure, [given.get(name, leaf).astype(leaf.dtype) for name, leaf in own.items()])
-
-
-def indexer_mask(tree):
-    """For each leaf whether it belongs to an indexer: what the warm-up trains (``optax.masked``)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "indexer" in jax.tree_util.keystr(path), tree)

@@ -83,6 +83,15 @@ def test_a_hadamard_turn_changes_no_product():
         hadamard(jnp.ones((2, 6)))
 
 
+def test_arguments_that_cannot_be_are_named():
+    q, k, v = attention_arrays()
+    with pytest.raises(ValueError, match="form must be 'gathered' or 'masked', got 'mask'"):
+        attend_selected(q, k, v, jnp.zeros((B, T, 1), jnp.int32), form="mask")
+    tokens = tokens_of(None, (B, T))
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        select(q, k[:, :, 0], q[..., 0], tokens, tokens, top_k=0)
+
+
 def attention_arrays():
     shapes = (B, T, 4, 5), (B, T, 2, 5), (B, T, 2, 3)
     return [jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes]

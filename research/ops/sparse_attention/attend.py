@@ -1,7 +1,5 @@
 """Softmax attention to selected keys: gathered, or all of them under a mask."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 
 from research.axes import Array, Float, Int
@@ -16,7 +14,7 @@ def attend_selected(
     index_BTN: Int[Array, "B T N"],
     *,
     scale: float | None = None,
-    form: Literal["gathered", "masked"] = "gathered",
+    form: str = "gathered",
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys in its slots ``index_BTN`` alone; slot S is none, and a query of none outputs 0.
 
@@ -28,12 +26,14 @@ def attend_selected(
         several times N. Equal but for rounding.
 
     Raises:
-      ValueError: H is not a multiple of G.
+      ValueError: H is not a multiple of G; an unknown form.
     """
     B, _, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     if H % G:
         raise ValueError(f"query heads must be a multiple of key heads, got {H} over {G}")
+    if form not in ("gathered", "masked"):
+        raise ValueError(f"form must be 'gathered' or 'masked', got {form!r}")
     q_BTHK = q_BTHK * jnp.asarray(K**-0.5 if scale is None else scale, q_BTHK.dtype)
     gathered = form == "gathered"
 

@@ -57,7 +57,12 @@ def select(
 
     Among equal scores the lowest slot comes first (zeros of either sign are equal). Where a query sees fewer keys than that,
     the rest hold S: none. No gradient passes.
+
+    Raises:
+      ValueError: top_k below 1; as ``index_scores``.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     S, most = k_BSK.shape[1], min(top_k, k_BSK.shape[1])
     q_BTHK, k_BSK, w_BTH = jax.lax.stop_gradient((q_BTHK, k_BSK, w_BTH))
 
