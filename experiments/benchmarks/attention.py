@@ -1,7 +1,7 @@
 """Softmax attention and what costs less of it: prefill and decode time and cache bytes over T, one layer each.
 
 Every time is taken in turn with a 1024³ float32 matrix product of the same process, best of three medians; ratios carry
-from one machine to another better than milliseconds do. A decoded token reads a full cache, which is updated in place.
+from one machine to another better than milliseconds do. ``--picture docs/images/attention.png`` draws them. A decoded token reads a full cache, which is updated in place.
 ``deepseek_v3_decode`` is one decoded token a row of one layer with DeepSeek V3's heads, dense (MLA) and sparse (DSA).
 """
 
@@ -144,7 +144,9 @@ def picture(result: dict[str, Any], path: Path) -> None:
                 [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks],
             )
             axes.minorticks_off()
-        figure.axes[-1].legend(frameon=False, fontsize=8)
+        # Below the panels, where it covers no line.
+        handles, labels = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
         figure.suptitle(
             f"{result['device']}, {result['cores']} cores, float32, width {result['shape']['width']}, batch 1",
             fontsize=8,
