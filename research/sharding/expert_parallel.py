@@ -111,6 +111,14 @@ def exchange_plan(
     )
 
 
+def devices_within_reach(experts: int, devices: int, groups: int, top_groups: int) -> int:
+    """How many devices the experts of any ``top_groups`` of ``groups`` equal groups lie on at most. Groups and devices
+    both take the experts in order: one group may lie on several devices, and two groups on two, however small."""
+    wide, own = experts // groups, experts // devices
+    spans = sorted(((g + 1) * wide - 1) // own - g * wide // own + 1 for g in range(groups))
+    return min(devices, sum(spans[-top_groups:]))
+
+
 def _up(rows: float) -> int:
     return -(-math.ceil(rows) // 8) * 8
 

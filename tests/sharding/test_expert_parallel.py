@@ -19,10 +19,11 @@ from research.sharding.mesh import BATCH, MeshConfig, P, batch_sharding, make_me
 
 B, T, D = 8, 32, 16
 CONFIG = MoEConfig(
-    experts=8, per_token=3, hidden=4, shared_hidden=4, shared_gate=True, slack=1.0, exchange="all_to_all",
+    experts=8, per_token=3, hidden=4, shared_hidden=4, shared_gate=True, slack=8.0, exchange="all_to_all",
     router=TopKRouter("sigmoid", top_groups=2), groups=4, bias_rate=1e-3, sequence_loss=0.1, device_loss=0.1,
     communication_loss=0.1,
 )  # fmt: skip
+CROWDED = dataclasses.replace(CONFIG, slack=1.0)
 GLOBAL = MoEConfig(
     experts=8, per_token=2, hidden=4, shared_hidden=0, latent=8, biases=True, exchange="ring", chunks=2,
     router=ExpertChoiceRouter(scope="batch"), dispatch=Capacity(1.0, by="probability", scope="batch"),
@@ -42,6 +43,26 @@ MESHES = {
     "fsdp 2 x2, tensor 2": MeshConfig(1, fsdp=2, expert=2, tensor=2),
 }
 LONG = ("2x2, tensor 2", "4x1, tensor 2")
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch):
+    """The ways that functions built during a test were made of, and whether what is sent fitted when they ran."""
+    found = collections.Counter()
+    fits = expert_parallel._fits
+
+    def watched(*arguments):
+        answer = fits(*arguments)
+        jax.debug.callback(lambda answer: found.update(["fits" if answer else "does not fit"]), answer)
+        return answer
+
+    def traced(name, way):
+        return lambda *arguments, **options: (found.update([name]), way(*arguments, **options))[1]
+
+    for name in ("_padded", "_ring", "_in_pieces"):
+        monkeypatch.setattr(expert_parallel, name, traced(name, getattr(expert_parallel, name)))
+    monkeypatch.setattr(expert_parallel, "_fits", watched)
+    return found
 
 
 @functools.cache
@@ -71,7 +92,7 @@ def built(config, mesh_config=None):
             context = Context(jnp.zeros((B, T), jnp.int32), segment_ids_BT, None, None, key, deterministic=False)
             y_BTD, _, aux = nnx.merge(graphdef, params, rest)(x_BTD, None, context)
             losses = config.losses(aux)
-            return jnp.mean(jnp.square(y_BTD)) + sum(losses.values()), (y_BTD, aux, losses)
+            return jnp.sum(jnp.square(y_BTD)) / (B * T) + sum(losses.values()), (y_BTD, aux, losses)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
 
@@ -100,15 +121,19 @@ def compare(config, mesh_config, spoil=lambda params: params, on_mesh=None):
     actual = call(spoil(params), inputs())
     pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True)
     for (path, one), many in pairs:
-        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        one, many = (np.asarray(leaf, np.float64) for leaf in (one, many))
+        size, error = (np.sqrt(np.mean(np.square(leaf))) for leaf in (one, many - one))
+        assert error <= 1e-5 * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+    jax.effects_barrier()
     return actual
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in MESHES])
-def test_every_mesh_equals_one_device(name):
+def test_every_mesh_equals_one_device(name, taken):
     (_, (y_BTD, _, _)), (gradients, dx_BTD) = compare(CONFIG, MESHES[name])
     assert jax.typeof(y_BTD).sharding.spec[0] == BATCH and jax.typeof(dx_BTD).sharding.spec[0] == BATCH
     _, params = built(CONFIG, MESHES[name])
+    assert set(taken) == ({"_padded"} if MESHES[name].expert > 1 else set())
     specs = {
         "w_in_EDF": P("expert", ("fsdp", "tensor"), None),
         "w_out_EFD": P("expert", "tensor", "fsdp"),
@@ -126,9 +151,10 @@ def test_every_mesh_equals_one_device(name):
     assert own == (8 // shape["expert"], 4 // shape["tensor"], D // shape["fsdp"])
 
 
-@pytest.mark.parametrize("name", ["1x8", "2x4", "1x4, tensor 2"])
-def test_nothing_is_dropped_when_every_token_wants_one_device(name):
-    (_, (y_BTD, statistics, _)), _ = compare(CONFIG, MESHES[name], skewed)
+@pytest.mark.parametrize("name", ["1x8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("2x4", "1x4, tensor 2"))])
+def test_nothing_is_dropped_when_every_token_wants_one_device(name, taken):
+    (_, (y_BTD, statistics, _)), _ = compare(CONFIG, MESHES[name], skewed, on_mesh=CROWDED)
+    assert taken["does not fit"] and not taken["fits"] and taken["_in_pieces"]
     assert statistics.dropped == 0 and (statistics.counts_E[:3] == B * (T - 5)).all()
     assert (jnp.abs(y_BTD[:, : T - 5]).max(-1) > 0).all()
 
@@ -195,6 +221,26 @@ def test_device_limits_and_latents_save_bytes():
     np.testing.assert_allclose(smaller / full, plans[2].bytes["padded"] / plans[0].bytes["padded"], rtol=0.01)
     # What a device sends to the seven others is seven eighths of the operands.
     np.testing.assert_allclose(full * 7 / 8, plans[0].bytes["padded"], rtol=0.01)
+
+
+@pytest.mark.parametrize(("experts", "groups", "devices"), [(16, 8, 2), (16, 8, 4), (16, 4, 4), (16, 2, 8), (6, 3, 2)])
+def test_the_byte_model_has_room_for_device_limited_routing(experts, groups, devices):
+    """What it reckons with is at least what tokens reach whose two experts are anywhere in their best groups."""
+    random = np.random.default_rng(0)
+    router = TopKRouter(top_groups=2 if groups > 2 else 1)
+    config = MoEConfig(experts=experts, per_token=2, groups=groups, router=router)
+    wide, own = experts // groups, experts // devices
+    reached = []
+    for _ in range(2000):
+        chosen_M = random.choice(groups, router.top_groups, replace=False)
+        allowed = (chosen_M[:, None] * wide + np.arange(wide)).ravel()
+        reached.append(len(set(random.choice(allowed, 2, replace=False) // own)))
+    most = config.devices_reached(devices, groups)
+    assert max(reached) <= most <= devices
+    expected = config.exchange_plan(D, T, devices).devices_reached
+    assert 0.98 * np.mean(reached) <= expected <= most
+    if (experts, groups) == (16, 8):
+        assert most == 2 and expert_parallel.devices_within_reach(16, devices, 8, 1) == 1
 
 
 def test_the_byte_model_chooses():

@@ -10,7 +10,7 @@ from research.axes import Array
 from research.layers.moe.routers import GShardRouter, ReinforceRouter, Router, Scope, TopKRouter
 from research.ops import balancing
 from research.ops.dispatch import GATED, activation
-from research.sharding.expert_parallel import ExchangePlan, exchange_plan
+from research.sharding.expert_parallel import ExchangePlan, devices_within_reach, exchange_plan
 
 if TYPE_CHECKING:
     from research.layers.moe.layer import MoE
@@ -170,9 +170,14 @@ class MoEConfig:
 
         return MoE(self, width, depth=depth, rngs=rngs, param_dtype=param_dtype)
 
+    def devices_reached(self, devices: int, groups: int) -> int | None:
+        """On how many of ``devices`` a token's experts may lie at most; None for any."""
+        top_groups = getattr(self.router, "top_groups", 0)
+        return devices_within_reach(self.experts, devices, groups, min(top_groups, groups)) if top_groups else None
+
     def exchange_plan(self, width: int, tokens: int, devices: int, *, itemsize: int = 2) -> ExchangePlan:
         """What tokens travelling over ``devices`` of the expert axis cost, with ``tokens`` tokens on each: print it."""
-        top_groups, groups = getattr(self.router, "top_groups", 0), self.groups or max(1, devices // self.group_devices)
+        groups = self.groups or max(1, devices // self.group_devices)
         return exchange_plan(
             tokens // math.gcd(self.chunks, tokens),
             self.latent or width,
@@ -180,7 +185,7 @@ class MoEConfig:
             per_token=self.per_token,
             devices=devices,
             itemsize=itemsize,
-            devices_reached=-(-top_groups * devices // groups) if top_groups else None,
+            devices_reached=self.devices_reached(devices, groups),
             method=self.exchange,
             slack=self.slack,
         )

@@ -50,7 +50,6 @@ def run_experts(
         return y_TD + _once(weights["shared_b_out"]) if "shared_b_out" in weights else y_TD
 
     if axis_size("expert") > 1:
-        top_groups = getattr(config.router, "top_groups", 0)
         y_TD, shared_TD = exchange(
             inner_TD,
             assignment,
@@ -58,7 +57,7 @@ def run_experts(
             method=config.exchange,
             chunks=config.chunks,
             slack=config.slack,
-            devices_reached=-(-top_groups * axis_size("expert") // groups) if top_groups else None,
+            devices_reached=config.devices_reached(axis_size("expert"), groups),
             live=live,
             beside=shared,
         )
