@@ -96,21 +96,27 @@ def upcycle(
     for name in ("embedding_VD", "final_norm", "head_DV"):
         setattr(new, name, getattr(model, name))
     keys = jax.random.split(jax.random.key(seed), 3)
-    for index, (dense_stage, stage) in enumerate(zip(model.stages, new.stages, strict=True)):
-        for place, (dense, branch) in enumerate(zip(dense_stage.branches, stage.branches, strict=True)):
+    units = list(zip(model.stages, new.stages, strict=True))
+    if model.mtp is not None and new.mtp is not None:
+        for dense_head, head in zip(model.mtp.heads, new.mtp.heads, strict=True):
+            for name in ("embedding_norm", "hidden_norm", "w_merge_ND", "norm"):
+                setattr(head, name, getattr(dense_head, name))
+            units.append((dense_head.unit, head.unit))
+    for index, (dense_unit, unit) in enumerate(units):
+        for place, (dense, branch) in enumerate(zip(dense_unit.branches, unit.branches, strict=True)):
             if isinstance(dense.mixer, MLP) and isinstance(branch.mixer, MoE):
                 branch.pre_norm, branch.post_norm = dense.pre_norm, dense.post_norm
                 own = [jax.random.fold_in(key, index * 1000 + place) for key in keys]
                 _fill(branch.mixer, dense.mixer, copies, granularity, noise, own)
             else:
-                stage.branches[place] = dense
+                unit.branches[place] = dense
     return new
 
 
 def _fill(moe: MoE, mlp: MLP, copies: int, parts: int, noise: float, keys) -> None:
-    """Writes a stack of MLPs, [L, …], into a fresh stack of mixtures."""
+    """Writes a stack of MLPs, [L, …], into a fresh stack of mixtures; or one MLP into one (a head's)."""
     gates = moe.config.activation.matrices
-    w_in_LDN, w_out_LFD = mlp.w_in_DF[...], mlp.w_out_FD[...]
+    w_in_LDN, w_out_LFD = (w[...].reshape(-1, *w[...].shape[-2:]) for w in (mlp.w_in_DF, mlp.w_out_FD))
     L, D, _ = w_in_LDN.shape
     in_LDGPF = w_in_LDN.reshape(L, D, gates, parts, -1)
     w_in_LEDN = jnp.transpose(in_LDGPF, (0, 3, 1, 2, 4)).reshape(L, parts, D, -1)
@@ -120,6 +126,6 @@ def _fill(moe: MoE, mlp: MLP, copies: int, parts: int, noise: float, keys) -> No
         if noise:
             size = jnp.sqrt(jnp.mean(jnp.square(copied), axis=(-2, -1), keepdims=True))
             copied = copied + (noise * size * jax.random.normal(key, copied.shape)).astype(copied.dtype)
-        variable.set_value(copied.astype(variable[...].dtype))
+        variable.set_value(copied.astype(variable[...].dtype).reshape(variable[...].shape))
     router_LDE = moe.w_router_DE[...]
-    moe.w_router_DE.set_value(jnp.repeat(router_LDE[:, :, ::parts], parts, axis=2))
+    moe.w_router_DE.set_value(jnp.repeat(router_LDE[..., ::parts], parts, axis=-1))

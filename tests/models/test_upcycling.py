@@ -9,7 +9,8 @@ import pytest
 
 from research.layers.mlp import MLPConfig
 from research.layers.moe import Capacity, GShardRouter, MoEConfig
-from research.models.config import ModelConfig, Residual
+from research.models.config import ModelConfig, MTPConfig, Residual
+from research.models.multi_token import multi_token_sums
 from research.models.upcycling import upcycle
 from tests.models.small import small_model
 
@@ -35,6 +36,23 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(active, granularity):
     assert (mixer.experts, mixer.per_token, mixer.hidden) == (3 * granularity, active * granularity, 8 // granularity)
     assert model.config.branches[1] == DENSE.branches[1]
     np.testing.assert_allclose(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_heads_ahead_come_along():
+    """With an MLP that is left as it is, and one that is made a mixture too."""
+    dense = small_model(dataclasses.replace(DENSE, repeats=1, mtp=MTPConfig(("other", "mlp"), depth=2, shared=True)))
+
+    @jax.jit
+    def nats(model):
+        hidden_BTD, _, _ = model.hidden(TOKENS_BT)
+        everything_BT, positions_BT = jnp.ones_like(TOKENS_BT), jnp.broadcast_to(jnp.arange(5), (2, 5))
+        ids = (TOKENS_BT, jnp.roll(TOKENS_BT, -1, 1), everything_BT > 0, everything_BT, positions_BT)
+        return multi_token_sums(model, hidden_BTD, *ids)[0].nats_N
+
+    model = upcycle(dense, ["mlp"], copies=2, granularity=2)
+    assert model.mtp.heads[0].unit.branches[1].mixer.config.experts == 4
+    np.testing.assert_allclose(nats(model), nats(dense), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -38,8 +38,10 @@ def scores_from_logits(logits_TE: Float[Array, "T E"], score: str) -> Float[Arra
     return jax.nn.sigmoid(logits_TE) if score == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
 
 
-def limit_to_groups(selection_TE: Float[Array, "T E"], k: int, limit: GroupLimit) -> Float[Array, "T E"]:
-    """−inf wherever an expert's group is not among its token's best groups."""
+def limit_to_groups(
+    selection_TE: Float[Array, "T E"], k: int, limit: GroupLimit, ranking_TE: Float[Array, "T E"] | None = None
+) -> Float[Array, "T E"]:
+    """−inf wherever an expert's group is not among its token's best groups, by ``ranking_TE`` or the selection itself."""
     tokens, experts = selection_TE.shape
     if experts % limit.groups:
         raise ValueError(f"groups is {limit.groups}, it must divide the {experts} experts")
@@ -47,8 +49,9 @@ def limit_to_groups(selection_TE: Float[Array, "T E"], k: int, limit: GroupLimit
     if k > limit.top * width:
         raise ValueError(f"k is {k}, but {limit.top} groups of {width} experts hold only {limit.top * width}")
     grouped_TGE = selection_TE.reshape(tokens, limit.groups, width)
+    ranking_TGE = grouped_TGE if ranking_TE is None else ranking_TE.reshape(grouped_TGE.shape)
     best = 1 if limit.group_score == "max" else min(2, width)
-    score_TG = jax.lax.top_k(grouped_TGE, best)[0].sum(-1)
+    score_TG = jax.lax.top_k(ranking_TGE, best)[0].sum(-1)
     _, chosen_TM = jax.lax.top_k(score_TG, limit.top)
     allowed_TG = (chosen_TM[:, :, None] == jnp.arange(limit.groups)).any(1)
     return jnp.where(allowed_TG[:, :, None], grouped_TGE, -jnp.inf).reshape(tokens, experts)
@@ -99,7 +102,9 @@ def top_k(
     if bias_E is not None:
         selection_TE = selection_TE + jax.lax.stop_gradient(bias_E).astype(selection_TE.dtype)
     if group_limit is not None:
-        selection_TE = limit_to_groups(selection_TE, k, group_limit)
+        sums = by_logits and group_limit.group_score == "top2"
+        ranking_TE = jax.lax.stop_gradient(scores_TE) if sums else None
+        selection_TE = limit_to_groups(selection_TE, k, group_limit, ranking_TE)
     _, expert_TK = jax.lax.top_k(selection_TE, k)
     if not gated:
         weight_TK = jnp.ones_like(expert_TK, scores_TE.dtype)
