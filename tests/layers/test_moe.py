@@ -127,6 +127,16 @@ def test_randomness_comes_from_the_key():
     np.testing.assert_array_equal(call(layer, x_BTD), call(layer, x_BTD))
 
 
+def test_what_an_auction_leaves_over_is_dropped():
+    """Of six equal tokens of a row, one round places an expert's share: two of them."""
+    config = dataclasses.replace(ONE, router=BASERouter(max_rounds=1))
+    layer = made(config)
+    segment_ids_BT = jnp.broadcast_to(jnp.arange(T) < T - 2, (B, T)).astype(jnp.int32)
+    here = dataclasses.replace(context(jax.random.key(0)), segment_ids_BT=segment_ids_BT, deterministic=False)
+    _, _, aux = jax.jit(lambda layer, x: layer(x, None, here))(layer, jnp.ones((B, T, D)))
+    assert aux.counts_E.sum() == B * 2 and aux.dropped == B * (T - 2 - 2)
+
+
 def test_only_capacity_makes_a_token_depend_on_its_row():
     """The last token's output, with the tokens before it alike to it (they want its experts) and not."""
     x_BTD = inputs()
@@ -202,6 +212,8 @@ def test_overrides_reach_into_routers():
         ({"router": GShardRouter(), "bias_rate": 0.1}, "need a TopKRouter, got a GShardRouter"),
         ({"quantile_bias": True, "bias_rate": 0.1}, "bias_rate must be 0 with quantile_bias, got 0.1"),
         ({"communication_loss": 0.1}, "router.top_groups must be at least 1, got 0"),
+        ({"device_loss": 0.1}, "groups must be 0 or at least 2, got 1"),
+        ({"load_loss": 0.1}, "load_loss needs a NoisyTopKRouter, got a TopKRouter"),
         ({"slack": 0.5}, "slack must be at least 1, got 0.5"),
         ({"latent": -1}, "latent must be at least 0, got -1"),
         ({"chunks": 0}, "chunks must be at least 1, got 0"),

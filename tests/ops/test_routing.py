@@ -44,7 +44,7 @@ def check_form(assignment):
 
 def reference_top_k(logits_E, k, score, renormalise, bias_E, limit):
     scores_E = 1 / (1 + np.exp(-logits_E)) if score == "sigmoid" else softmax(logits_E)
-    selection_E = (logits_E if score == "softmax_after" and bias_E is None else scores_E).copy()
+    selection_E = scores_E.copy()
     if bias_E is not None:
         selection_E = selection_E + bias_E
     if limit is not None:
@@ -70,6 +70,7 @@ def reference_top_k(logits_E, k, score, renormalise, bias_E, limit):
         (3, False, True, None),
         (2, True, False, GroupLimit(4, 2, "max")),
         (3, True, True, GroupLimit(4, 2, "top2")),
+        (3, True, False, GroupLimit(4, 2, "top2")),
     ],
 )
 def test_top_k_equals_the_definition(score, k, renormalise, biased, limit):
@@ -270,6 +271,19 @@ def test_base_gates_by_the_sigmoid():
     np.testing.assert_allclose(balanced.weight_A, 1 / (1 + np.exp(-logits_TE[np.arange(T), balanced.expert_A])))
     greedy = run(lambda x: routing.base(x, balance=False), logits_TE)
     np.testing.assert_array_equal(greedy.expert_A, logits_TE.argmax(1))
+
+
+@pytest.mark.parametrize("live", [16, 9, 1, 0])
+def test_base_balances_what_is_no_padding(live):
+    mask_T = np.random.default_rng(0).permutation(T) < live
+    logits_TE = logits(6) + 3 * np.arange(E)
+    assignment = run(lambda x, m: routing.base(x, mask_T=m), logits_TE, mask_T)
+    assert (assignment.expert_A[~mask_T] == E).all() and (assignment.expert_A[mask_T] < E).all()
+    room = -(-live // E)
+    assert np.bincount(assignment.expert_A[mask_T], minlength=E).max() <= room
+    values = np.repeat(logits_TE[mask_T], room, axis=1)
+    best = values[scipy.optimize.linear_sum_assignment(-values)].sum()
+    assert logits_TE[mask_T, assignment.expert_A[mask_T]].sum() >= best - T * 1e-3
 
 
 def test_hash_tables():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from flax import nnx
 
 from research.axes import Array
-from research.layers.moe.routers import GShardRouter, ReinforceRouter, Router, Scope, TopKRouter
+from research.layers.moe.routers import GShardRouter, NoisyTopKRouter, ReinforceRouter, Router, Scope, TopKRouter
 from research.ops import balancing
 from research.ops.dispatch import GATED, activation
 from research.sharding.expert_parallel import ExchangePlan, devices_within_reach, exchange_plan
@@ -153,6 +153,10 @@ class MoEConfig:
             raise ValueError(
                 "communication_loss counts visits to top groups: router.top_groups must be at least 1, got 0"
             )
+        if self.device_loss and self.groups == 1:
+            raise ValueError("device_loss balances groups: groups must be 0 or at least 2, got 1")
+        if self.load_loss and not isinstance(self.router, NoisyTopKRouter):
+            raise ValueError(f"load_loss needs a NoisyTopKRouter, got a {type(self.router).__name__}")
 
     @property
     def selection_bias(self) -> bool:

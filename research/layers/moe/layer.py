@@ -10,6 +10,7 @@ from research.layers.context import Context, without_padding
 from research.layers.moe.config import Dropless, MoEConfig
 from research.layers.moe.experts import batch_shards, kept_experts, own_rows, run_experts, visits, whole_batch
 from research.layers.moe.routers import (
+    BASERouter,
     ExpertChoiceRouter,
     HashRouter,
     NoisyTopKRouter,
@@ -181,7 +182,7 @@ class MoE(nnx.Module):
         statistics = balancing.router_statistics(
             assignment,
             mask_T,
-            dropped=visits(assignment) - visits(limited),
+            dropped=self._wanted(assignment, mask_T) - visits(limited),
             smooth_load_TE=routed.smooth_load_TE,
             groups=groups,
             sequences=B if c.sequence_loss else None,
@@ -223,6 +224,12 @@ class MoE(nnx.Module):
         everywhere = inputs._replace(logits_TE=whole_batch(inputs.logits_TE), mask_T=whole_batch(inputs.mask_T))
         assignment = router.route(everywhere, constants).assignment
         return Routed(routing.slice_tokens(assignment, jax.lax.axis_index(batch_axes()) * tokens, tokens))
+
+    def _wanted(self, assignment, mask_T):
+        """Visits before any is dropped: BASE's auction may leave tokens over, which other routers' choices don't."""
+        if not isinstance(self.config.router, BASERouter):
+            return visits(assignment)
+        return jnp.asarray(assignment.tokens, jnp.int32) if mask_T is None else mask_T.sum(dtype=jnp.int32)
 
     def _limit(self, assignment, rows: int):
         """The assignment after capacity, and how many visits may be left of it."""

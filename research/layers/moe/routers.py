@@ -219,20 +219,23 @@ class SinkhornRouter:
 @dataclasses.dataclass(frozen=True)
 class BASERouter:
     """The balanced assignment that maximises Σ logits in training (``routing.base``, an auction), among the tokens of a
-    row or of the whole batch; greedy at evaluation."""
+    row or of the whole batch; greedy at evaluation. Tokens that ``max_rounds`` of it leave over are dropped."""
 
     epsilon: float = 1e-3
     scope: Scope = "row"
+    max_rounds: int = 10_000
 
     def check(self, experts: int, per_token: int, groups: int) -> None:
         _one(self, per_token)
+        if self.max_rounds < 1:
+            raise ValueError(f"router.max_rounds must be at least 1, got {self.max_rounds}")
 
     def per_row(self, drawing: bool) -> bool:
         return drawing and self.scope == "row"
 
     def route(self, inputs: RouterInputs, constants: RouterConstants) -> Routed:
-        balance = inputs.key is not None
-        return Routed(routing.base(inputs.logits_TE, balance=balance, epsilon=self.epsilon, mask_T=inputs.mask_T))
+        options = {"balance": inputs.key is not None, "epsilon": self.epsilon, "max_rounds": self.max_rounds}
+        return Routed(routing.base(inputs.logits_TE, mask_T=inputs.mask_T, **options))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,7 @@ def auction(
     capacity: int,
     mask_T: Bool[Array, "T"] | None = None,
     *,
+    room: Int[Array, ""] | None = None,
     epsilon: float = 1e-3,
     max_rounds: int = 10_000,
 ) -> tuple[Int[Array, "T"], Int[Array, ""]]:
@@ -100,7 +101,8 @@ def auction(
     Bertsekas' auction for transportation problems, in parallel rounds: every unassigned token bids for its best expert
     at current prices, the price it could bear (best − second best + epsilon above); every expert keeps its `capacity`
     highest bids, and once full its price is the lowest of them. The total is within T·epsilon of the optimum;
-    `epsilon` is in the units of the values. Rounds are dense over tokens and experts: no queues, no host.
+    `epsilon` is in the units of the values. Rounds are dense over tokens and experts: no queues, no host. Where an
+    expert's room is known only at run time, `capacity` bounds it and `room` is what it is.
 
     Returns:
       expert_T (E for padding, and for tokens left over when max_rounds ends) and the rounds taken.
@@ -111,6 +113,8 @@ def auction(
         raise ValueError(f"capacity is {capacity}, {experts} experts of it can't hold {tokens} tokens")
     if experts == 1:
         return jnp.where(live_T, 0, 1), jnp.zeros((), jnp.int32)
+    width = min(capacity, tokens)
+    room = jnp.asarray(capacity) if room is None else room
 
     def unassigned(state):
         expert_T, _, _, rounds = state
@@ -124,13 +128,13 @@ def auction(
         expert_T = jnp.where(bids, choice_T2[:, 0], expert_T)
         bid_T = jnp.where(bids, offer_T, bid_T)
         bid_TE = jnp.where(expert_T[:, None] == jnp.arange(experts), bid_T[:, None], -jnp.inf)
-        best_EC, token_EC = jax.lax.top_k(bid_TE.T, min(capacity, tokens))
-        kept_EC = jnp.isfinite(best_EC)
+        best_EC, token_EC = jax.lax.top_k(bid_TE.T, width)
+        kept_EC = jnp.isfinite(best_EC) & (jnp.arange(width) < room)
         expert_T = jnp.full(tokens, experts).at[jnp.where(kept_EC, token_EC, tokens)].set(
             jnp.broadcast_to(jnp.arange(experts)[:, None], token_EC.shape), mode="drop"
         )  # fmt: skip
-        full_E = kept_EC.sum(1) == capacity
-        return expert_T, bid_T, jnp.where(full_E, best_EC[:, -1], price_E), rounds + 1
+        full_E, lowest_E = kept_EC.sum(1) == room, best_EC[:, jnp.clip(room - 1, 0, width - 1)]
+        return expert_T, bid_T, jnp.where(full_E, lowest_E, price_E), rounds + 1
 
     start = (
         jnp.full(tokens, experts),
@@ -147,18 +151,22 @@ def base(
     *,
     balance: bool = True,
     epsilon: float = 1e-3,
+    max_rounds: int = 10_000,
     mask_T: Bool[Array, "T"] | None = None,
 ) -> Assignment:
     """BASE layers (Lewis et al. 2021): the balanced assignment that maximises Σ logits, gated by σ(logit).
 
-    Experts receive at most ceil(T/E) tokens. balance=False is evaluation: greedy top-1.
+    Experts receive at most ceil(T/E) tokens, of the T that are no padding. Those that the auction has not placed after
+    max_rounds visit no expert. balance=False is evaluation: greedy top-1.
     """
     if not balance:
         return top_k(logits_TE, 1, score="sigmoid", mask_T=mask_T)
     tokens, experts = logits_TE.shape
     logits_TE = mask_logits(logits_TE, mask_T)
     scores_TE = mask_scores(jax.nn.sigmoid(logits_TE), mask_T)
-    expert_T, _ = auction(jax.lax.stop_gradient(logits_TE), -(-tokens // experts), mask_T, epsilon=epsilon)
+    room = None if mask_T is None else -(-mask_T.sum(dtype=jnp.int32) // experts)
+    values_TE, options = jax.lax.stop_gradient(logits_TE), {"epsilon": epsilon, "max_rounds": max_rounds}
+    expert_T, _ = auction(values_TE, -(-tokens // experts), mask_T, room=room, **options)
     safe_T1 = jnp.minimum(expert_T, experts - 1)[:, None]
     weight_T1 = jnp.take_along_axis(scores_TE, safe_T1, axis=1)
     return from_choice(expert_T[:, None], weight_T1, scores_TE, logits_TE, mask_T=mask_T)
