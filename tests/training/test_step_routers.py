@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from research.layers.moe import Capacity, MoEConfig, ReinforceRouter, TopKRouter
+from research.models.auxiliaries import reward_policies
 from research.models.config import ModelConfig, Residual
+from research.ops import balancing, routing
+from research.ops.routing import PolicyTerms
 from research.training.optimizers import OptimizerConfig, make_optimizer
 from research.training.state import create_state
 from research.training.step import make_train_step
@@ -19,12 +23,41 @@ MODEL = ModelConfig(
     vocab_size=11,
     width=8,
     branches=(
-        Residual("policy", dataclasses.replace(SMALL, router=ReinforceRouter(), dispatch=Capacity(0.5))),
+        Residual(
+            "policy", dataclasses.replace(SMALL, router=ReinforceRouter(entropy_bonus=0.0), dispatch=Capacity(0.5))
+        ),
         Residual("quantile", dataclasses.replace(SMALL, experts=6, router=TopKRouter("sigmoid"), quantile_bias=True)),
     ),
     pattern=("policy", "quantile"),
     repeats=2,
 )
+
+
+def test_the_reward_is_minus_the_tokens_own_loss():
+    """Through two layers' statistics, by hand, with padding and a target that does not count."""
+    random = np.random.default_rng(0)
+    log_probability_LBT, baseline_LBT = random.normal(size=(2, 2, B, T)).astype(np.float32)
+    logits_BTV = random.normal(size=(B, T, 11)).astype(np.float32)
+    targets_BT = random.integers(0, 11, (B, T))
+    live_BT, mask_BT = random.random((2, B, T)) < 0.8
+    live_LBT = jnp.asarray(np.broadcast_to(live_BT, (2, B, T)))
+    terms = PolicyTerms(jnp.asarray(log_probability_LBT), jnp.zeros((2, B, T)), jnp.asarray(baseline_LBT), live_LBT)
+
+    @jax.jit
+    def reward(terms, logits_BTV, targets_BT, mask_BT):
+        statistics = balancing.router_statistics(routing.policy(jnp.zeros((B * T, 4)), None))
+        entry = dataclasses.replace(statistics, policy=terms)
+        return reward_policies((entry,), logits_BTV, targets_BT, mask_BT)[0].policy
+
+    rewarded = reward(terms, logits_BTV, targets_BT, mask_BT)
+    loss_BT = (
+        scipy.special.logsumexp(logits_BTV, axis=-1) - np.take_along_axis(logits_BTV, targets_BT[..., None], 2)[..., 0]
+    )
+    counted_BT = live_BT & mask_BT
+    policy_L = -(log_probability_LBT * (-loss_BT - baseline_LBT) * counted_BT).sum((1, 2))
+    np.testing.assert_allclose(rewarded["policy"], policy_L, rtol=1e-5)
+    baseline_L = (np.square(baseline_LBT + loss_BT) * counted_BT).sum((1, 2))
+    np.testing.assert_allclose(rewarded["baseline"], baseline_L, rtol=1e-5)
 
 
 @pytest.mark.slow
