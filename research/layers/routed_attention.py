@@ -36,7 +36,7 @@ class RoutedAttentionConfig:
       experts, per_token: groups of heads, and how many each token uses.
       heads: query heads of one expert; ``key_heads`` divide ``heads``.
       head_width, rotary_fraction, rope_theta: as in ``AttentionConfig``.
-      router, balance_loss, balance_normalisation, z_loss, bias_rate: as in ``MoEConfig``; weights act on the output.
+      router, balance_loss, z_loss, bias_rate: as in ``MoEConfig``; weights act on the output.
     """
 
     experts: int = 8

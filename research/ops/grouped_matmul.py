@@ -88,12 +88,7 @@ def grouped_matmul(
         raise ValueError(f"group_sizes_E has {group_sizes_E.shape[0]} groups, w_EKN has {w_EKN.shape[0]} experts")
     if alignment < 1 or rows % alignment:
         raise ValueError(f"alignment is {alignment}, it must be positive and divide x_MK's {rows} rows")
-    if implementation in _KERNELS:
-        raise NotImplementedError(f"implementation {implementation!r}: grouped_matmul has no kernel for it yet")
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation is {implementation!r}, it must be None or one of {IMPLEMENTATIONS + _KERNELS}"
-        )
+    check_implementation(implementation)
     if x_MK.size == 0 or w_EKN.size == 0:
         return jnp.zeros((rows, w_EKN.shape[2]), x_MK.dtype)
     # The cast stands outside the custom_vjp, so that the gradient of w is accumulated in x's dtype and cast once.
