@@ -1,6 +1,7 @@
-"""Published checkpoints to runs and back: ``python -m experiments.convert HF_DIR OUT_DIR``.
+"""Published checkpoints to runs and back, and dense runs to mixtures of experts:
+``python -m experiments.convert [--to-huggingface | --upcycle NAMES] DIR OUT_DIR``.
 
-What comes out is a work directory that experiments.generate and experiments.evaluate open like any run's.
+What comes out but for a Hugging Face directory is a work directory that experiments.generate and experiments.evaluate open like any run's.
 """
 
 import argparse
@@ -22,13 +23,18 @@ TOKENIZER_FILE = "tokenizer.json"
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     source, target = (Path(path).expanduser().resolve() for path in (options.source, options.target))
+    if options.to_huggingface and options.upcycle:
+        raise ConfigError("--to-huggingface and --upcycle are two conversions: name one, then convert what it wrote")
     try:
         if options.to_huggingface:
             to_huggingface(source, target, options.like)
         elif options.upcycle:
             sizes = {name: getattr(options, name) for name in ("copies", "active", "granularity", "noise")}
-            words = upcycle_run(source, target, options.upcycle.split(","), **sizes)
-            print(f"to train on, the dense run's own command and:\n  {' '.join(words)} --workdir {target}")
+            words = " ".join(upcycle_run(source, target, options.upcycle.split(","), **sizes))
+            if "train.start_from" in words:
+                print(f"to train it, a configuration of the dense model, data of its tokenizer and:\n  {words}")
+            else:
+                print(f"to train on, the dense run's own command and:\n  {words} --workdir {target}")
         else:
             from_huggingface(source, target, options.dtype)
     except ValueError as error:
@@ -117,9 +123,10 @@ def to_huggingface(source: Path, target: Path, like: str | None) -> None:
 def upcycle_run(source: Path, target: Path, names: Sequence[str], **sizes: Any) -> list[str]:
     """Writes a work directory that training goes on from: the newest checkpoint of a dense run, with the MLPs of the branches
     ``names`` made mixtures of experts (``research.models.upcycling``), a fresh optimizer, and the data from its beginning.
+    A model that came from Hugging Face has no data here: of it the model alone is written, for ``train.start_from``.
 
     Returns:
-      The words that tell ``experiments.train`` of the new layers.
+      The words that tell ``experiments.train`` of the new layers, and where to start from if not there itself.
 
     Raises:
       ValueError: what ``upcycle`` refuses; the run's texts have changed; or ``target`` exists and isn't empty.
@@ -144,17 +151,19 @@ def upcycle_run(source: Path, target: Path, names: Sequence[str], **sizes: Any) 
     with whole_directory(target) as unfinished:
         model = upcycle(trained.model, names, **sizes)
         config = dataclasses.replace(trained.config, model=model.config)
-        corpus = open_corpus(config.data, tokenizer=trained.tokenizer, cache=unfinished / CACHE_FOLDER)
-        if trained.corpus_hash != corpus.hash:
-            raise ValueError(f"the data has changed since {source} was trained on it: bring it back")
         _, params, variables = nnx.split(model, nnx.Param, ...)
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        key = jax.random.key(config.train.seed)
-        state = TrainState(jnp.zeros((), jnp.int32), params, variables, jax.jit(optimizer.init)(params), key)
-        about = {"step": 0, "config": to_dict(config), "corpus_hash": corpus.hash}
-        checkpoints = Checkpoints(unfinished)
-        tokenizer = corpus.tokenizer.to_json()
-        checkpoints.save(0, vars(state), iter(build_loader(corpus)), about=about, tokenizer=tokenizer)
+        about = {"step": 0, "config": to_dict(config), "corpus_hash": trained.corpus_hash}
+        tokenizer, checkpoints = trained.tokenizer.to_json(), Checkpoints(unfinished)
+        if trained.corpus_hash:
+            corpus = open_corpus(config.data, tokenizer=trained.tokenizer, cache=unfinished / CACHE_FOLDER)
+            if trained.corpus_hash != corpus.hash:
+                raise ValueError(f"the data has changed since {source} was trained on it: bring it back")
+            optimizer = make_optimizer(config.optimizer, config.train.steps)
+            key = jax.random.key(config.train.seed)
+            state = TrainState(jnp.zeros((), jnp.int32), params, variables, jax.jit(optimizer.init)(params), key)
+            checkpoints.save(0, vars(state), iter(build_loader(corpus)), about=about, tokenizer=tokenizer)
+        else:
+            checkpoints.save(0, {"params": params, "variables": variables}, about=about, tokenizer=tokenizer)
         checkpoints.wait()
         write_config(unfinished, config)
     words, usual = [], {path: value for path, _, value in fields_of(MoEConfig())}
@@ -163,7 +172,7 @@ def upcycle_run(source: Path, target: Path, names: Sequence[str], **sizes: Any) 
             at = f"model.branches.{branch.name}.mixer"
             own = [(path, value) for path, _, value in fields_of(branch.mixer) if usual.get(path) != value]
             words += [f"{at}=MoEConfig", *(f"{at}.{path}={value}" for path, value in own)]
-    return words
+    return words if trained.corpus_hash else [*words, f"train.start_from={target}"]
 
 
 def _tell(line: str) -> None:
@@ -175,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.convert",
         description=(
             "Reads a Hugging Face directory (config.json, safetensors files, tokenizer.json) and writes a work directory\n"
-            "that generate and evaluate open; or the other way round."
+            "that generate and evaluate open; or the other way round; or a dense run into a mixture of experts."
         ),
         epilog=(
             "examples:\n"
@@ -186,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
             "exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C"
         ),
     )
-    parser.add_argument("source", metavar="HF_DIR", help="what to read; with --to-huggingface a work directory")
+    parser.add_argument(
+        "source", metavar="HF_DIR", help="what to read; with --to-huggingface or --upcycle a work directory"
+    )
     parser.add_argument("target", metavar="OUT_DIR", help="what to write: an empty directory, or none yet")
     parser.add_argument(
         "--dtype",

@@ -265,12 +265,16 @@ class _Run:
 def _open(config: ExperimentConfig, path: Path, mesh: jax.sharding.Mesh, say: Callable[[str], None]) -> _Run:
     """Everything checked and loaded; the work directory is written to only once nothing more can be refused."""
     checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints, say=say)
+    newest = checkpoints.newest()
+    about = {} if newest is None else read_about(newest)
+    if about and not about["corpus_hash"]:
+        raise ConfigError(
+            f"{path} holds a converted model without an optimizer: choose another --workdir, with train.start_from={path}"
+        )
     began_with = read_config(path)
     # A start that never came to a step leaves its configuration behind, and nothing that could be lost.
     if began_with is not None and (checkpoint_paths(path / CHECKPOINTS_FOLDER) or any(read_lines(run_files(path)[0]))):
         check_changes(path, began_with, to_dict(config))
-    newest = checkpoints.newest()
-    about = {} if newest is None else read_about(newest)
     changed = check_changes(path, about["config"], to_dict(config)) if about else []
     known_tokenizer = None if newest is None else tokenizer_from_json(read_tokenizer(newest))
     try:

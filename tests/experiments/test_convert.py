@@ -3,11 +3,14 @@
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
 from experiments import cli, convert, train
+from research.layers.mlp import MLPConfig
 from research.training.runs import load_for_inference
 from tests.interop.checkpoints import golden, stored_in, write_checkpoint
 
@@ -49,6 +52,27 @@ def test_bad_input_is_a_sentence(g, tmp_path, capsys):
     assert "nothing here reads novelty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
     assert cli.call(convert.main, ["--to-huggingface", str(tmp_path / "hub"), str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.slow
+def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys):
+    source, dense, experts = tmp_path / "hub", tmp_path / "dense", tmp_path / "experts"
+    write_checkpoint(source, g.hub, g.tensors)
+    assert cli.call(convert.main, [str(source), str(dense)]) == 0
+    name = next(b.name for b in load_for_inference(dense).config.model.branches if isinstance(b.mixer, MLPConfig))
+    assert cli.call(convert.main, ["--upcycle", name, "--copies", "2", str(dense), str(experts)]) == 0
+    assert f"mixer=MoEConfig model.branches.{name}.mixer.experts=2" in capsys.readouterr().out
+    tokens_BT = jnp.asarray(g.documents[0][None])
+    models = [load_for_inference(run).model for run in (dense, experts)]
+    one, many = (jax.jit(lambda model: model(tokens_BT).logits_BTV)(model) for model in models)
+    np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
+    # It has seen no data of ours, and no optimizer.
+    words = ["tiny", "--workdir", str(experts)]
+    assert cli.call(train.main, words) == 2
+    assert f"choose another --workdir, with train.start_from={experts}" in capsys.readouterr().err
+    both = ["--upcycle", name, "--to-huggingface", str(dense), str(tmp_path / "none")]
+    assert cli.call(convert.main, both) == 2
+    assert "--to-huggingface and --upcycle are two conversions" in capsys.readouterr().err
 
 
 @pytest.mark.slow
