@@ -1,12 +1,13 @@
 """DeepSeekMoE 16B (Dai et al. 2024, arXiv 2401.06066), as the hub has it: fine-grained experts and two that all tokens visit."""
 
+import functools
 from collections.abc import Iterator
 
 from research.layers.attention import AttentionConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
 from research.models.families import deepseek_v2
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import Family, Keys, ModelViews, Tensor, parts
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -29,14 +30,7 @@ def config(keys: Keys) -> ModelConfig:
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        yield from parts.feed_forward(f"{prefix}mlp.", mlp, shared="shared_experts")
+    return parts.decoder(model, parts.attention, functools.partial(parts.feed_forward, shared="shared_experts"))
 
 
 FAMILY = Family(

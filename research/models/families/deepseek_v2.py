@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, experts in groups of which a token visits
 a few."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import Family, Keys, ModelViews, Tensor, parts
 
 
 def latent_attention(keys: Keys) -> dict[str, Any]:
@@ -74,14 +75,7 @@ def config(keys: Keys) -> ModelConfig:
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.latent_attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        yield from parts.feed_forward(f"{prefix}mlp.", mlp, shared="shared_experts")
+    return parts.decoder(model, parts.latent_attention, functools.partial(parts.feed_forward, shared="shared_experts"))
 
 
 FAMILY = Family(

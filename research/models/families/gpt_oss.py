@@ -67,16 +67,13 @@ def experts(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     yield joined(f"{prefix}experts.down_proj_bias", branch["mixer.b_out_ED"])
 
 
+def attention(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    yield from parts.attention(prefix, branch)
+    yield joined(f"{prefix}sinks", branch["mixer.sinks_H"])
+
+
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}self_attn.sinks", attention["mixer.sinks_H"])
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        yield from experts(f"{prefix}mlp.", mlp)
+    return parts.decoder(model, attention, experts)
 
 
 FAMILY = Family(model_types=("gpt_oss",), architectures=("GptOssForCausalLM",), config=config, tensors=tensors)

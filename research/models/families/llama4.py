@@ -7,7 +7,7 @@ from research.layers.attention import AttentionConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, joined, parts
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -57,22 +57,18 @@ def config(keys: Keys) -> ModelConfig:
     return parts.language_model(keys, layers, norm)
 
 
+def feed_forward(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    if isinstance(branch.residual.mixer, MLPConfig):
+        yield from parts.gated_mlp(prefix, branch)
+        return
+    yield parts.linear(f"{prefix}router.weight", branch["mixer.w_router_DE"])
+    yield joined(f"{prefix}experts.gate_up_proj", branch["mixer.w_in_EDF"])
+    yield joined(f"{prefix}experts.down_proj", branch["mixer.w_out_EFD"])
+    yield from parts.shared_expert(f"{prefix}shared_expert.", branch)
+
+
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        prefix = f"{prefix}feed_forward."
-        if isinstance(mlp.residual.mixer, MLPConfig):
-            yield from parts.gated_mlp(prefix, mlp)
-        else:
-            yield parts.linear(f"{prefix}router.weight", mlp["mixer.w_router_DE"])
-            yield joined(f"{prefix}experts.gate_up_proj", mlp["mixer.w_in_EDF"])
-            yield joined(f"{prefix}experts.down_proj", mlp["mixer.w_out_EFD"])
-            yield from parts.shared_expert(f"{prefix}shared_expert.", mlp)
+    return parts.decoder(model, parts.attention, feed_forward, inner="feed_forward.")
 
 
 FAMILY = Family(model_types=("llama4_text",), architectures=("Llama4ForCausalLM",), config=config, tensors=tensors)

@@ -7,7 +7,7 @@ from research.layers.attention import AttentionConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, parts
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -48,18 +48,14 @@ def config(keys: Keys) -> ModelConfig:
     )
 
 
+def feed_forward(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    if isinstance(branch.residual.mixer, MLPConfig):
+        return parts.gated_mlp(prefix, branch)
+    return parts.experts(prefix, branch, ("w1", "w3", "w2"))
+
+
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        if isinstance(mlp.residual.mixer, MLPConfig):
-            yield from parts.gated_mlp(f"{prefix}mlp.", mlp)
-        else:
-            yield from parts.experts(f"{prefix}mlp.", mlp, ("w1", "w3", "w2"))
+    return parts.decoder(model, parts.attention, feed_forward)
 
 
 FAMILY = Family(

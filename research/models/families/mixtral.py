@@ -1,11 +1,12 @@
 """Mixtral (Jiang et al. 2024, arXiv 2401.04088): eight experts, two a token, weighted by a softmax over the two."""
 
+import functools
 from collections.abc import Iterator
 
 from research.layers.attention import AttentionConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import Family, Keys, ModelViews, Tensor, parts
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -32,14 +33,8 @@ def config(keys: Keys) -> ModelConfig:
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, experts = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", experts["pre_norm.scale_D"])
-        yield from parts.experts(f"{prefix}block_sparse_moe.", experts, ("w1", "w3", "w2"))
+    experts = functools.partial(parts.experts, names=("w1", "w3", "w2"))
+    return parts.decoder(model, parts.attention, experts, inner="block_sparse_moe.")
 
 
 FAMILY = Family(

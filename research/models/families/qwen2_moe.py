@@ -7,7 +7,7 @@ from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
 from research.models.config import ModelConfig, Residual
 from research.models.families import qwen3
-from research.models.hub import Family, Keys, ModelViews, Tensor, joined, parts
+from research.models.hub import Family, Keys, ModelViews, Tensor, parts
 
 
 def config(keys: Keys) -> ModelConfig:
@@ -32,14 +32,7 @@ def config(keys: Keys) -> ModelConfig:
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model)
-    for n in range(len(model.branches) // 2):
-        attention, mlp = model.branches[2 * n : 2 * n + 2]
-        prefix = f"model.layers.{n}."
-        yield joined(f"{prefix}input_layernorm.weight", attention["pre_norm.scale_D"])
-        yield from parts.attention(f"{prefix}self_attn.", attention)
-        yield joined(f"{prefix}post_attention_layernorm.weight", mlp["pre_norm.scale_D"])
-        yield from parts.feed_forward(f"{prefix}mlp.", mlp)
+    return parts.decoder(model, parts.attention, parts.feed_forward)
 
 
 FAMILY = Family(model_types=("qwen2_moe",), architectures=("Qwen2MoeForCausalLM",), config=config, tensors=tensors)

@@ -1,6 +1,6 @@
 """What many published families have in common: how their config.json spells it, and how their checkpoints name it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from research.layers.attention import AttentionConfig
@@ -12,6 +12,9 @@ from research.models.config import ModelConfig, Residual
 from research.models.hub.keys import Keys
 from research.models.hub.tensors import BranchViews, ModelViews, PartViews, Tensor, View, joined
 from research.ops.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+# Tensors of one branch, their names behind a prefix.
+Describe = Callable[[str, BranchViews], Iterator[Tensor]]
 
 
 def language_model(
@@ -108,6 +111,18 @@ def ends(
     yield joined(f"{prefix}{norm}.weight", model["final_norm.scale_D"])
     if "head_DV" in model:
         yield linear("lm_head.weight", model["head_DV"])
+
+
+def decoder(model: ModelViews, mixer: Describe, feed_forward: Describe, *, inner: str = "mlp.") -> Iterator[Tensor]:
+    """The usual decoder: its ends, and under ``model.layers.N`` a norm and ``self_attn``, a norm and ``inner``."""
+    yield from ends(model)
+    for n in range(len(model.branches) // 2):
+        mixes, feeds = model.branches[2 * n : 2 * n + 2]
+        prefix = f"model.layers.{n}."
+        yield joined(f"{prefix}input_layernorm.weight", mixes["pre_norm.scale_D"])
+        yield from mixer(f"{prefix}self_attn.", mixes)
+        yield joined(f"{prefix}post_attention_layernorm.weight", feeds["pre_norm.scale_D"])
+        yield from feed_forward(f"{prefix}{inner}", feeds)
 
 
 def attention(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
