@@ -56,6 +56,7 @@ PLACES = ModelConfig(
 )
 
 
+@pytest.mark.slow
 def test_caches_by_place_are_set_back_without_a_second_call():
     model = small_model(PLACES)
     stop = {generate(model, PROMPTS, 12)[0][7]}

@@ -14,6 +14,10 @@ from tests.interop.checkpoints import NAMES, golden, stored_in, write_checkpoint
 from tests.interop.weights import NEW_TOKENS, PROMPTS
 
 
+# One family of each kind of layer; what compiles longer for the same layers is left to CI's slow pass.
+QUICK = ("llama", "qwen3_next", "deepseek_v3", "mamba2", "gpt_oss")
+
+
 @functools.cache
 def made(name):
     return golden(name)
@@ -46,7 +50,7 @@ def test_every_family_has_golden_files():
     assert {name.split(".")[0] for name in NAMES} == set(families())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_logits(name, directory):
     """Of one document a row, and of two packed into a row."""
     g, model = made(name), huggingface.load(directory, say=silent)

@@ -42,7 +42,7 @@ MESHES = {
     "4x1, tensor 2": MeshConfig(4, tensor=2),
     "fsdp 2 x2, tensor 2": MeshConfig(1, fsdp=2, expert=2, tensor=2),
 }
-LONG = ("2x2, tensor 2", "4x1, tensor 2")
+QUICK = ("1x8", "1x4, tensor 2")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def compare(config, mesh_config, spoil=lambda params: params, on_mesh=None):
     return actual
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in MESHES])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MESHES])
 def test_every_mesh_equals_one_device(name, taken):
     (_, (y_BTD, _, _)), (gradients, dx_BTD) = compare(CONFIG, MESHES[name])
     assert jax.typeof(y_BTD).sharding.spec[0] == BATCH and jax.typeof(dx_BTD).sharding.spec[0] == BATCH
@@ -189,6 +189,7 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
     return output
 
 
+@pytest.mark.slow
 def test_the_ragged_way(monkeypatch):
     monkeypatch.setattr(expert_parallel.jax.lax, "ragged_all_to_all", emulated)
     ragged = dataclasses.replace(CONFIG, exchange="ragged", slack=1.25, shared_hidden=0, shared_gate=False)
@@ -210,6 +211,7 @@ def collective_bytes(config: MoEConfig):
     return counted
 
 
+@pytest.mark.slow
 def test_device_limits_and_latents_save_bytes():
     wide = MoEConfig(experts=64, per_token=8, hidden=4, shared_hidden=0, groups=8, slack=1.0, exchange="padded")
     limited = dataclasses.replace(wide, router=TopKRouter(top_groups=2))
