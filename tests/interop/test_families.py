@@ -13,7 +13,6 @@ from research.models.families import families, model_config
 from tests.interop.checkpoints import NAMES, golden, stored_in, write_checkpoint
 from tests.interop.weights import NEW_TOKENS, PROMPTS
 
-
 # One family of each kind of layer; what compiles longer for the same layers is left to CI's slow pass.
 QUICK = ("llama", "qwen3_next", "deepseek_v3", "mamba2", "gpt_oss")
 
