@@ -1,9 +1,9 @@
 """Golden files of published families, with PyTorch and transformers, in an environment of their own:
 
-    python3.11 -m venv /tmp/golden && /tmp/golden/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    /tmp/golden/bin/python tests/interop/generate.py NAME ...            # writes tests/interop/golden/NAME/
-    .venv/bin/python -m tests.interop.saved NAME DIR                     # our load, then our save
-    /tmp/golden/bin/python tests/interop/generate.py --check NAME DIR    # transformers opens DIR: the same logits?
+    python3.11 -m venv .golden && .golden/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
+    .golden/bin/python tests/interop/generate.py NAME ...            # writes tests/interop/golden/NAME/
+    .venv/bin/python -m tests.interop.saved NAME DIR                 # our load, then our save
+    .golden/bin/python tests/interop/generate.py --check NAME DIR    # transformers opens DIR: the same logits?
 
 ``golden/NAME/tiny.json`` is written by hand: ``model`` (class in transformers or in ``composed``), ``config`` (its class), ``arguments`` of the
 configuration, ``seed``, ``atol`` for our logits (the family's noise floor), and where norms are stored as their distance from
