@@ -1,4 +1,4 @@
-"""A small hybrid model that several tests share: every kind of branch, awkward sizes, parameters all random."""
+"""What several tests share: a small hybrid model with every kind of branch, awkward sizes and random parameters; a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +35,19 @@ def small_model(config: ModelConfig = CONFIG, seed: int = 0) -> LanguageModel:
         return jnp.asarray(scale * random.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree.map(draw, jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0))))
+
+
+def packed_batch(rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Packed rows with padding, so that micro-batches hold different numbers of everything."""
+    random = np.random.default_rng(0)
+    ids_BT = np.ones((rows, length), np.int32)
+    ids_BT[:, 6:] = 2
+    ids_BT[1::2, 8:] = 0
+    ids_BT[0, 3:] = 0
+    return {
+        "inputs_BT": random.integers(0, vocabulary, (rows, length)).astype(np.int32),
+        "targets_BT": random.integers(0, vocabulary, (rows, length)).astype(np.int32),
+        "segment_ids_BT": ids_BT,
+        "positions_BT": np.where(ids_BT == 2, np.arange(length) - 6, np.arange(length)).astype(np.int32),
+        "loss_mask_BT": ids_BT > 0,
+    }

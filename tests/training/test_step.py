@@ -13,26 +13,10 @@ from research.sharding.mesh import MeshConfig, P, batch_sharding, check_batch, m
 from research.training.optimizers import OptimizerConfig, make_optimizer, schedule
 from research.training.state import create_state
 from research.training.step import make_eval_step, make_train_step, split_rows
-from tests.models.small import CONFIG
+from tests.models.small import CONFIG, packed_batch
 
 B, T = 8, 10
 MODEL = dataclasses.replace(CONFIG, pattern=("linear", "moe"), repeats=2)
-
-
-def batch():
-    """Packed rows with padding, so that micro-batches hold different numbers of targets."""
-    random = np.random.default_rng(0)
-    ids_BT = np.ones((B, T), np.int32)
-    ids_BT[:, 6:] = 2
-    ids_BT[1::2, 8:] = 0
-    ids_BT[0, 3:] = 0
-    return {
-        "inputs_BT": random.integers(0, 31, (B, T)).astype(np.int32),
-        "targets_BT": random.integers(0, 31, (B, T)).astype(np.int32),
-        "segment_ids_BT": ids_BT,
-        "positions_BT": np.where(ids_BT == 2, np.arange(T) - 6, np.arange(T)).astype(np.int32),
-        "loss_mask_BT": ids_BT > 0,
-    }
 
 
 @dataclasses.dataclass
@@ -51,7 +35,9 @@ def run(mesh=(1, 1), micro_batches=1, steps=3) -> Ran:
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         graphdef, state = create_state(MODEL, optimizer, seed=0)
         before = jax.tree.map(np.array, state.params)  # a view would keep the buffer from being donated
-        on_device = jax.device_put(batch(), batch_sharding(mesh) if mesh else jax.devices()[0])
+        on_device = jax.device_put(
+            packed_batch(B, T, CONFIG.vocab_size), batch_sharding(mesh) if mesh else jax.devices()[0]
+        )
         step = make_train_step(graphdef, optimizer, micro_batches=micro_batches)
         first, metrics = state, []
         for index in range(steps):
@@ -89,7 +75,7 @@ def test_a_step_learns_and_moves_what_it_should(reference):
 
 def test_metrics_say_what_the_router_did(reference):
     metrics = reference.metrics[0]
-    assert metrics["tokens"] == batch()["loss_mask_BT"].sum()
+    assert metrics["tokens"] == packed_batch(B, T, CONFIG.vocab_size)["loss_mask_BT"].sum()
     chex.assert_shape(metrics["load_LE"], (2, 4))
     np.testing.assert_allclose(metrics["load_LE"].sum(-1), 1, rtol=1e-6)
     assert metrics["balance_loss"] >= 0.02 * 0.99  # two layers, 1 each at perfect balance, coefficient 0.01

@@ -17,7 +17,7 @@ from research.models.config import HNetConfig, ModelConfig, MTPConfig, Residual
 from research.training.optimizers import OptimizerConfig, parameter_path, trains
 from research.training.state import TrainState
 from research.training.step import make_train_step
-from tests.models.small import small_model
+from tests.models.small import packed_batch, small_model
 
 B, T = 4, 10
 SPARSE = DSAConfig(
@@ -43,22 +43,6 @@ def model_of(sparse: DSAConfig):
     return dataclasses.replace(MODEL, branches=(Residual("sparse", sparse), MOE), pattern=("sparse", "moe"), mtp=None)
 
 
-def batch():
-    """Packed rows with padding, so that micro-batches hold different numbers of everything."""
-    random = np.random.default_rng(0)
-    ids_BT = np.ones((B, T), np.int32)
-    ids_BT[:, 6:] = 2
-    ids_BT[1::2, 8:] = 0
-    ids_BT[0, 3:] = 0
-    return {
-        "inputs_BT": random.integers(0, 13, (B, T)).astype(np.int32),
-        "targets_BT": random.integers(0, 13, (B, T)).astype(np.int32),
-        "segment_ids_BT": ids_BT,
-        "positions_BT": np.where(ids_BT == 2, np.arange(T) - 6, np.arange(T)).astype(np.int32),
-        "loss_mask_BT": ids_BT > 0,
-    }
-
-
 @functools.cache
 def step_of(model, *, micro_batches=1, trainable=()):
     """(variables before, variables after, metrics) of one step of gradient descent; every variable is drawn at random."""
@@ -67,7 +51,9 @@ def step_of(model, *, micro_batches=1, trainable=()):
     before = jax.tree.map(np.array, (params, variables))
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, descent.init(params), jax.random.key(0))
     trained = functools.partial(trains, OptimizerConfig(trainable=trainable))
-    state, metrics = make_train_step(graphdef, descent, micro_batches=micro_batches, trained=trained)(state, batch())
+    state, metrics = make_train_step(graphdef, descent, micro_batches=micro_batches, trained=trained)(
+        state, packed_batch(B, T, 13)
+    )
     after = jax.tree.map(np.asarray, (state.params, state.variables))
     return named(before), named(after), jax.device_get(metrics)
 

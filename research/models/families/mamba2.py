@@ -55,10 +55,7 @@ def mixer(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model, prefix="backbone.", embedding="embeddings", norm="norm_f")
-    for n, branch in enumerate(model.branches):
-        yield joined(f"backbone.layers.{n}.norm.weight", branch["pre_norm.scale_D"])
-        yield from mixer(f"backbone.layers.{n}.mixer.", branch)
+    return parts.backbone(model, mixer)
 
 
 FAMILY = Family(

@@ -128,20 +128,20 @@ def moe(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
         yield parts.linear(f"{prefix}fc2_latent_proj.weight", branch["mixer.w_up_LD"])
 
 
+def mixer(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    match branch.residual.mixer:
+        case Mamba2Config():
+            return mamba2.mixer(prefix, branch)
+        case AttentionConfig():
+            return parts.attention(prefix, branch)
+        case MoEConfig():
+            return moe(prefix, branch)
+        case _:
+            return mlp(prefix, branch, "mixer.w_in_DF", "mixer.w_out_FD")
+
+
 def tensors(model: ModelViews) -> Iterator[Tensor]:
-    yield from parts.ends(model, prefix="backbone.", embedding="embeddings", norm="norm_f")
-    for n, branch in enumerate(model.branches):
-        prefix = f"backbone.layers.{n}.mixer."
-        yield joined(f"backbone.layers.{n}.norm.weight", branch["pre_norm.scale_D"])
-        match branch.residual.mixer:
-            case Mamba2Config():
-                yield from mamba2.mixer(prefix, branch)
-            case AttentionConfig():
-                yield from parts.attention(prefix, branch)
-            case MoEConfig():
-                yield from moe(prefix, branch)
-            case _:
-                yield from mlp(prefix, branch, "mixer.w_in_DF", "mixer.w_out_FD")
+    return parts.backbone(model, mixer)
 
 
 FAMILY = Family(

@@ -125,6 +125,14 @@ def decoder(model: ModelViews, mixer: Describe, feed_forward: Describe, *, inner
         yield from feed_forward(f"{prefix}{inner}", feeds)
 
 
+def backbone(model: ModelViews, mixer: Describe) -> Iterator[Tensor]:
+    """Mamba's naming: under ``backbone.layers.N`` a norm and a mixer, whatever it is."""
+    yield from ends(model, prefix="backbone.", embedding="embeddings", norm="norm_f")
+    for n, branch in enumerate(model.branches):
+        yield joined(f"backbone.layers.{n}.norm.weight", branch["pre_norm.scale_D"])
+        yield from mixer(f"backbone.layers.{n}.mixer.", branch)
+
+
 def attention(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     """``q_proj`` (each head's gate behind it), ``k_proj``, ``v_proj``, ``o_proj``, and norms on queries and keys."""
     c = branch.mixer(AttentionConfig)
