@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.axes import Array, Int
-from research.ops.linear_attention.segments import select
+from research.ops.segments import select
 
 
 @jax.tree_util.register_dataclass

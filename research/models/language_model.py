@@ -14,7 +14,7 @@ from research.layers.place import Place
 from research.models.config import ModelConfig
 from research.models.multi_token import MultiToken
 from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
-from research.ops.linear_attention.segments import real_and_reset
+from research.ops.segments import real_and_reset
 from research.sharding.mesh import P, look_up
 
 

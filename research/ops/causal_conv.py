@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
-from research.ops.explicit_mesh import run_on_shards, spec_of
-from research.ops.linear_attention.segments import real_and_reset
-from research.ops.linear_attention.varying import vary_alike
+from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
+from research.ops.segments import real_and_reset
 
 _ACTIVATIONS = {None: lambda x: x, "silu": jax.nn.silu}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from research.axes import Array, Bool, Float, Int
 from research.ops.linear_attention import linear_attention
-from research.ops.linear_attention.segments import real_and_reset
+from research.ops.segments import real_and_reset
 
 
 class Routing(NamedTuple):

@@ -1,6 +1,7 @@
 """Ops on arrays that an explicit-sharding mesh holds: rows and heads are independent, so each device runs its own."""
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -37,3 +38,14 @@ def run_on_shards(function, mesh_of, arguments, in_specs, out_specs):
         return function(*(next(parts) if here else None for here in given))
 
     return jax.shard_map(local, mesh=mesh, axis_names=names, in_specs=specs, out_specs=out_specs)(*placed)
+
+
+def vary_alike(arrays: tuple) -> Any:
+    """Inside ``jax.shard_map``: mark every array of a tree as varying over the axes that any of them varies over: a loop's carry must."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+    def cast(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)

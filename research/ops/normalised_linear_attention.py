@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from research.axes import Array, Float, Int
 from research.ops.linear_attention import linear_attention, linear_attention_step
 from research.ops.linear_attention.context_parallel import context_parallel
-from research.ops.linear_attention.segments import select
+from research.ops.segments import select
 
 FeatureMap = Literal["identity", "elu", "relu", "softmax"]
 FEATURE_MAPS = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from research.ops.attention.masks import Tokens, visible
-from research.ops.linear_attention.varying import vary_alike
+from research.ops.explicit_mesh import vary_alike
 
 
 def forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):

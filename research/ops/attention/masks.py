@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from research.axes import Array, Bool, Int
-from research.ops.linear_attention.segments import real_and_reset
+from research.ops.segments import real_and_reset
 
 
 class Tokens(NamedTuple):

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from research.axes import Array, Float, Int
-from research.ops.linear_attention import segments
+from research.ops.explicit_mesh import vary_alike
 from research.ops.linear_attention.dispatch import check_arguments, check_scale, linear_attention, state_dtype
-from research.ops.linear_attention.varying import vary_alike
+from research.ops.linear_attention.segments import fold
+from research.ops.segments import real_and_reset, select
 
 
 def context_parallel(
@@ -47,8 +48,8 @@ def context_parallel(
         g = jnp.broadcast_to(g, (B, T, H))
     real_BT = None
     if segment_ids is not None:
-        real_BT, reset_BT = segments.real_and_reset(segment_ids, previous_id(segment_ids, axis_name))
-        q_BTGK, k_BTGK, v_BTHV, g, beta = segments.fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta, dtype)
+        real_BT, reset_BT = real_and_reset(segment_ids, previous_id(segment_ids, axis_name))
+        q_BTGK, k_BTGK, v_BTHV, g, beta = fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta, dtype)
     options: dict[str, Any] = dict(log_decay=g, scale=scale, implementation=implementation, chunk_size=chunk_size)
     if beta is None:
         o_BTHV, N_BHKV = linear_attention(q_BTGK, k_BTGK, v_BTHV, **options)
@@ -68,7 +69,7 @@ def context_parallel(
         incoming_BHKV, final_BHKV = compose(_matmul, end[..., V:], end[..., :V], state_BHKV, axis_name)
     carried_BTHV = jnp.einsum("BTHK,BHKV->BTHV", to_BTHK, incoming_BHKV)
     o_BTHV = (o_BTHV.astype(dtype) + carried_BTHV).astype(v_BTHV.dtype)
-    return o_BTHV if real_BT is None else segments.select(real_BT, o_BTHV), final_BHKV
+    return o_BTHV if real_BT is None else select(real_BT, o_BTHV), final_BHKV
 
 
 def _matmul(M_BHKK, S_BHKV):

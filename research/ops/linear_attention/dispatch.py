@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
-from research.ops.explicit_mesh import run_on_shards, shards, spec_of
-from research.ops.linear_attention import segments
+from research.ops.explicit_mesh import run_on_shards, shards, spec_of, vary_alike
 from research.ops.linear_attention.choice import attend, make_plan, refuses
 from research.ops.linear_attention.quadratic import quadratic
 from research.ops.linear_attention.recurrent import recurrent, step
-from research.ops.linear_attention.varying import vary_alike
+from research.ops.linear_attention.segments import fold
+from research.ops.segments import real_and_reset, select
 
 _KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 IMPLEMENTATIONS = ("recurrent", "quadratic", "chunked", *_KERNELS)
@@ -144,14 +144,12 @@ def _local(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids, 
         g = jnp.broadcast_to(g, (B, T, H))
     real_BT = None
     if segment_ids is not None:
-        real_BT, reset_BT = segments.real_and_reset(segment_ids)
-        q_BTGK, k_BTGK, v_BTHV, g, beta_BTH = segments.fold(
-            real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, dtype
-        )
+        real_BT, reset_BT = real_and_reset(segment_ids)
+        q_BTGK, k_BTGK, v_BTHV, g, beta_BTH = fold(real_BT, reset_BT, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, dtype)
     arrays = vary_alike((q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV))
     o_BTHV, state_BHKV = _run(implementation, scale, chunk_size, *arrays)
     if real_BT is not None:
-        o_BTHV = segments.select(real_BT, o_BTHV)
+        o_BTHV = select(real_BT, o_BTHV)
     return o_BTHV, state_BHKV
 
 
