@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"benchmark": options.name, **circumstances(command), **benchmark.run(quick=options.quick)}
     if options.picture is not None:
         benchmark.picture(result, options.picture)
+    if hasattr(benchmark, "save") and (path := benchmark.save(result)) is not None:
+        print(f"kept in {path}", file=sys.stderr)
     print(json.dumps(result, indent=2) if options.json else cli.table(list(rows(result))))
     return 0
 
