@@ -153,8 +153,10 @@ class Progress:
             self._left(step, speed),
         ]
         if load_LE is not None and np.size(load_LE):
-            busiest = float(np.max(load_LE) * np.shape(load_LE)[-1])
-            parts.append(f"experts {sparkline(np.mean(load_LE, 0))} busiest {busiest:.1f}x its share")
+            relative = np.full(np.shape(load_LE), np.nan)
+            for row, share in zip(relative, by_layer(load_LE), strict=True):
+                row[: share.size] = share * share.size
+            parts.append(f"experts {sparkline(np.nanmean(relative, 0))} busiest {np.nanmax(relative):.1f}x its share")
             if record.get("dead_experts"):
                 parts.append(f"{record['dead_experts']:.0f} dead")
         self._say("  ".join(part for part in parts if part))
@@ -207,7 +209,8 @@ class Recorder:
                 self._board.write(
                     step, {f"layer_{i + 1}": float(m) for i, m in enumerate(load_LE.max(1))}, "largest_load"
                 )
-                record = {**record, "load": [[round_to(share, 4) for share in load_E] for load_E in load_LE.tolist()]}
+                loads = [[round_to(share, 4) for share in load_E.tolist()] for load_E in by_layer(load_LE)]
+                record = {**record, "load": loads}
         self._metrics.write(record)
         self._loss_sum += record["loss"]
         self._bits_sum += record.get("bits_per_byte", 0.0)
@@ -239,6 +242,11 @@ class Recorder:
             self._metrics.close()
             self._evaluations.close()
             self._board.close()
+
+
+def by_layer(load_LE: np.ndarray) -> list[np.ndarray]:
+    """The training step's load_LE, each layer's row as long as it has experts."""
+    return [load_E[load_E >= 0] for load_E in np.asarray(load_LE)]
 
 
 def round_to(value: float, digits: int) -> float:

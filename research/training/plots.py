@@ -108,8 +108,11 @@ def throughput_figure(records: list[dict[str, Any]]) -> Figure:
 def load_figure(records: list[dict[str, Any]]) -> Figure:
     """One panel a layer: each expert's share of the assignments over its fair share, at every recorded step."""
     step = np.array([record["step"] for record in records])
-    load_NLE = np.array([record["load"] for record in records], np.float64)
-    layers, experts = load_NLE.shape[1:]
+    # Layers may have different numbers of experts.
+    relative = [
+        np.array(shares, np.float64) * len(shares[0]) for shares in zip(*(r["load"] for r in records), strict=True)
+    ]
+    layers, alike = len(relative), len({share_NE.shape for share_NE in relative}) == 1
     shown = np.unique(np.linspace(0, layers - 1, min(layers, MAX_PANELS)).round().astype(int))
     columns = 1 if shown.size == 1 else 2 if shown.size <= 4 else 4 if shown.size > 6 else 3
     rows = -(-shown.size // columns)
@@ -117,16 +120,17 @@ def load_figure(records: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     title = "Expert load over training: share of assignments, 1 is the fair share"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    norm = colors.TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanquantile(load_NLE * experts, 0.995))))
+    grid = figure.subplots(rows, columns, sharex=True, sharey=alike, squeeze=False)
+    largest = np.nanquantile(np.concatenate([share_NE.ravel() for share_NE in relative]), 0.995)
+    norm = colors.TwoSlopeNorm(1.0, 0.0, max(2.0, float(largest)))
     edges = _edges(step)
     for panel, axes in enumerate(grid.flat):
         if panel >= shown.size:
             axes.set_visible(False)
             continue
         layer = shown[panel]
-        share = load_NLE[:, layer].T * experts
-        axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, share, cmap="RdBu_r", norm=norm, rasterized=True)
+        share_EN = relative[layer].T
+        axes.pcolormesh(edges, np.arange(len(share_EN) + 1) - 0.5, share_EN, cmap="RdBu_r", norm=norm, rasterized=True)
         axes.set_title(f"MoE layer {layer + 1} of {layers}", fontsize=9, fontweight="normal", color=GREY)
         axes.grid(False)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

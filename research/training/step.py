@@ -39,8 +39,8 @@ def make_train_step(
     Metrics, float32: loss (mean nats per counted target), tokens (counted targets), grad_norm, and the auxiliary losses
     of the model, coefficients included, summed over its layers, those over chunks and of heads ahead among them:
     balance_loss, z_loss and others of experts, index_loss (sparse attention), ratio_loss (chunks), mtp_loss (heads ahead).
-    With experts also load_LE (share of assignments, a row a layer, where layers have equally many experts), max_violation
-    (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with indexers
+    With experts also load_LE (share of assignments, a row a layer in the order they run; −1 past the experts of layers
+    that have fewer than others), max_violation (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with indexers
     that warm up index_captured (share of attention that their top-k hold, mean); with chunks tokens_per_chunk, and
     tokens_per_chunk_2 for chunks of chunks.
 
@@ -146,12 +146,11 @@ def _router_metrics(routers: list[Report]) -> dict[str, Array]:
     def over_layers(name):
         return jnp.concatenate([m[name] for m in metrics])
 
-    load = {}
-    if len({statistics.experts for statistics in flat}) == 1:
-        load_LE, order = over_layers("load"), running_order(routers)
-        load = {"load_LE": load_LE if (order == np.arange(len(order))).all() else load_LE[order]}
+    widest = max(statistics.experts for statistics in flat)
+    padded = [jnp.pad(m["load"], ((0, 0), (0, widest - m["load"].shape[1])), constant_values=-1) for m in metrics]
+    load_LE, order = jnp.concatenate(padded), running_order(routers)
     return {
-        **load,
+        "load_LE": load_LE if (order == np.arange(len(order))).all() else load_LE[order],
         "max_violation": jnp.max(over_layers("max_violation")),
         "dead_experts": jnp.sum(over_layers("dead_experts")).astype(jnp.float32),
         "router_entropy": jnp.mean(over_layers("entropy")),

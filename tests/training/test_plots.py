@@ -14,7 +14,7 @@ def _write(path, records):
 
 def test_pictures_of_a_run(tmp_path):
     assert plots.draw(tmp_path) == []
-    load = [[0.25, 0.25, 0.5, 0.0]] * 3
+    load = [[0.25, 0.25, 0.5, 0.0], [0.5, 0.5], [0.25, 0.25, 0.5, 0.0]]
     records = [
         {"step": step, "loss": 3.0 / step, "bits_per_byte": 4.0 / step, "tokens_per_second": 100.0}
         | ({"load": load} if step % 2 else {})

@@ -9,13 +9,14 @@ import pytest
 import scipy.special
 
 from research.layers.moe import Capacity, MoEConfig, ReinforceRouter, TopKRouter
-from research.models.auxiliaries import reward_policies
+from research.models.auxiliaries import Report, reward_policies
 from research.models.config import ModelConfig, Residual
 from research.ops import balancing, routing
 from research.ops.routing import PolicyTerms
+from research.training.metrics import by_layer
 from research.training.optimizers import OptimizerConfig, make_optimizer
 from research.training.state import create_state
-from research.training.step import make_train_step
+from research.training.step import _router_metrics, make_train_step
 
 B, T = 4, 8
 SMALL = MoEConfig(experts=4, per_token=1, hidden=6, shared_hidden=0, balance_loss=0.0, z_loss=0.0)
@@ -84,4 +85,26 @@ def test_policies_are_rewarded_and_biases_set_over_micro_batches():
     assert np.abs(bias_LE).max() > 1e-3
     # Two policy layers, each expert of a row with room for half its share: at least half of 2 · B · T is dropped.
     assert B * T <= metrics["dropped_assignments"] < 2 * B * T
-    assert "load_LE" not in metrics and metrics["max_violation"] > 0  # layers with 4 and 6 experts
+    assert metrics["load_LE"].shape == (4, 6) and metrics["max_violation"] > 0
+
+
+def test_layers_with_unequally_many_experts_are_all_told():
+    """Two repeats of a layer of two experts and one of three, as they run."""
+
+    def of(counts_LE):
+        rows = dict.fromkeys((field.name for field in dataclasses.fields(balancing.RouterStatistics)), jnp.ones(2))
+        counts_LE = jnp.asarray(counts_LE)
+        rows |= dict.fromkeys(("first_counts_E", "probability_E", "importance_E", "smooth_load_E"), counts_LE * 1.0)
+        return balancing.RouterStatistics(**rows | {"counts_E": counts_LE, "margins_EQ": None, "policy": None})
+
+    reports = [
+        Report(None, of([[1, 3], [2, 2]]), 1, (0, None, 0)),
+        Report(None, of([[4, 0, 0], [1, 2, 1]]), 1, (0, None, 1)),
+    ]
+    metrics = jax.device_get(jax.jit(lambda: _router_metrics(reports))())
+    expected = [[0.25, 0.75, -1], [1, 0, 0], [0.5, 0.5, -1], [0.25, 0.5, 0.25]]
+    np.testing.assert_allclose(metrics["load_LE"], expected)
+    assert metrics["dead_experts"] == 2 and metrics["max_violation"] == 2
+    assert [row.tolist() for row in by_layer(metrics["load_LE"])] == [
+        row[: 2 + i % 2] for i, row in enumerate(expected)
+    ]
