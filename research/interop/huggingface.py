@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 FREE = (
     "dtype", "param_dtype", "remat", "unroll", "implementation", "chunk_size", "form", "dispatch", "exchange", "chunks",
     "slack", "group_devices", "balance_loss", "balance_normalisation", "z_loss", "sequence_loss", "device_loss",
-    "communication_loss", "importance_loss", "load_loss", "bias_rate", "jitter", "name", "loss",
+    "communication_loss", "importance_loss", "importance_of", "load_loss", "bias_rate", "jitter", "name", "loss",
 )  # fmt: skip
 
 

@@ -238,9 +238,15 @@ def sequence_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
     return statistics.sequence_loss / jnp.maximum(statistics.sequences, 1)
 
 
-def importance_loss(statistics: RouterStatistics) -> Float[Array, "..."]:
-    """CV² of the summed weights per expert (Shazeer et al. 2017 eq. 7), without its coefficient."""
-    return _squared_variation(statistics.importance_E)
+def importance_loss(statistics: RouterStatistics, *, of: str = "weights") -> Float[Array, "..."]:
+    """CV² of each expert's importance, without its coefficient.
+
+    of: 'weights', the summed weights of what was chosen (Shazeer et al. 2017 eq. 7), which says nothing to an expert
+    that nobody visits; or 'probabilities', summed over all experts (V-MoE, Riquelme et al. 2021, arXiv 2106.05974).
+    """
+    if of not in ("weights", "probabilities"):
+        raise ValueError(f"of is {of!r}, it must be 'weights' or 'probabilities'")
+    return _squared_variation(statistics.importance_E if of == "weights" else statistics.probability_E)
 
 
 def load_loss(statistics: RouterStatistics) -> Float[Array, "..."]:

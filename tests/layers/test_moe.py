@@ -46,6 +46,9 @@ CONFIGS = {
     "noisy, importance and load": dataclasses.replace(
         SMALL, router=NoisyTopKRouter(), importance_loss=0.1, load_loss=0.1
     ),
+    "noisy as in V-MoE": dataclasses.replace(
+        SMALL, router=NoisyTopKRouter(0.25, "softmax"), importance_loss=0.1, importance_of="probabilities", load_loss=0.1
+    ),
     "gshard": dataclasses.replace(SMALL, router=GShardRouter("sample")),
     "expert choice": dataclasses.replace(SMALL, router=ExpertChoiceRouter(scope="batch")),
     "hash": dataclasses.replace(SMALL, router=HashRouter(vocabulary=9)),
@@ -82,7 +85,7 @@ def context(key=None, **fields):
     return Context(positions_BT, None, token_ids_BT, None, key, deterministic=key is None, **fields)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "V-MoE" in n else n for n in CONFIGS])
 def test_every_router_with_every_dispatch(name):
     """Sorted rows equal the one-hot definition in outputs and gradients, without and with a capacity; in training."""
     layer = made(CONFIGS[name])

@@ -104,6 +104,11 @@ def test_group_losses_by_hand():
     np.testing.assert_allclose(balancing.communication_loss(statistics, 2), (1.5 * 2.5 + 1.0 * 1.5) / 8, rtol=1e-6)
     # Importance (1.5, 1, 1, .5): mean 1, variance .125
     np.testing.assert_allclose(balancing.importance_loss(statistics), 0.125, rtol=1e-6)
+    share_E = scores_TE.sum(0) / 4
+    expected = np.mean((share_E * 4 - 1) ** 2)
+    np.testing.assert_allclose(balancing.importance_loss(statistics, of="probabilities"), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="of is 'tokens', it must be 'weights' or 'probabilities'"):
+        balancing.importance_loss(statistics, of="tokens")
     np.testing.assert_allclose(balancing.load_loss(statistics), 0.125, rtol=1e-6)
     with pytest.raises(ValueError, match="groups is 3"):
         balancing.device_loss(statistics, 3)

@@ -192,6 +192,9 @@ def test_smooth_load_is_the_chance_of_being_chosen():
     noisy_TE = logits_TE + noise_TE
     np.testing.assert_array_equal(choices(assignment, 2)[0], np.argsort(-noisy_TE, axis=1)[:, :2])
     np.testing.assert_array_equal(assignment.logits_TE, logits_TE)
+    whole, _ = run(lambda x: routing.noisy_top_k(x, 2, jax.random.key(3), sigma=sigma, score="softmax"), logits_TE)
+    probability_TE = np.exp(noisy_TE) / np.exp(noisy_TE).sum(1, keepdims=True)
+    np.testing.assert_allclose(choices(whole, 2)[1], -np.sort(-probability_TE, axis=1)[:, :2], rtol=1e-6)
     rng = np.random.default_rng(0)
     for t in range(tokens):
         for e in range(5):

@@ -12,7 +12,21 @@ import pytest
 from flax import nnx
 
 from research.layers.context import Context
-from research.layers.moe import Capacity, ExpertChoiceRouter, MoE, MoEConfig, NoisyTopKRouter, TopKRouter
+from research.layers.moe import (
+    BASERouter,
+    Capacity,
+    ExpertChoiceRouter,
+    GShardRouter,
+    HashRouter,
+    MoE,
+    MoEConfig,
+    NoisyTopKRouter,
+    RandomRouter,
+    ReinforceRouter,
+    SinkhornRouter,
+    TopKRouter,
+)
+from research.ops.routing import reinforce
 from research.sharding import expert_parallel
 from research.sharding.expert_parallel import exchange_plan
 from research.sharding.mesh import BATCH, MeshConfig, P, batch_sharding, make_mesh
@@ -32,6 +46,22 @@ NOISY = MoEConfig(
     experts=8, per_token=2, hidden=4, shared_hidden=0, router=NoisyTopKRouter(), load_loss=0.1, importance_loss=0.1,
     dispatch=Capacity(0.8, scope="batch"), exchange="padded", chunks=4,
 )  # fmt: skip
+_SMALL = functools.partial(
+    MoEConfig, experts=8, per_token=2, hidden=4, shared_hidden=0, importance_loss=0.1, exchange="ring"
+)
+# The other routers: those of `scope` 'batch' gather the logits of the whole batch, the others look at a token or a row.
+ROUTERS = {
+    "top-k of an MLP's logits, jitter, quantile bias": _SMALL(
+        router=TopKRouter(jitter=0.01), router_hidden=5, quantile_bias=True
+    ),
+    "GShard": _SMALL(router=GShardRouter()),
+    "expert choice in a row": _SMALL(router=ExpertChoiceRouter()),
+    "hash": _SMALL(router=HashRouter(vocabulary=9)),
+    "Sinkhorn": _SMALL(router=SinkhornRouter(scope="batch")),
+    "BASE": _SMALL(per_token=1, router=BASERouter(scope="batch")),
+    "REINFORCE": _SMALL(per_token=1, router=ReinforceRouter()),
+    "random": _SMALL(router=RandomRouter()),
+}
 MESHES = {
     "1x8": MeshConfig(1, expert=8),
     "2x4": MeshConfig(2, expert=4),
@@ -87,10 +117,16 @@ def built(config, mesh_config=None):
     def both(params, x_BTD, key):
         def loss(params, x_BTD):
             segment_ids_BT = jnp.broadcast_to(jnp.arange(T) < T - 5, (B, T)).astype(jnp.int32)
+            token_ids_BT = jnp.arange(B * T).reshape(B, T) % 9
             if mesh:
-                segment_ids_BT = jax.reshard(segment_ids_BT, P(BATCH))
-            context = Context(jnp.zeros((B, T), jnp.int32), segment_ids_BT, None, None, key, deterministic=False)
+                segment_ids_BT, token_ids_BT = jax.reshard((segment_ids_BT, token_ids_BT), P(BATCH))
+            context = Context(
+                jnp.zeros((B, T), jnp.int32), segment_ids_BT, token_ids_BT, None, key, deterministic=False
+            )
             y_BTD, _, aux = nnx.merge(graphdef, params, rest)(x_BTD, None, context)
+            if aux.policy is not None:
+                reward_BT = -jnp.square(y_BTD).sum(-1)
+                aux = dataclasses.replace(aux, policy=reinforce(aux.policy, reward_BT, axis=(-2, -1)))
             losses = config.losses(aux)
             return jnp.sum(jnp.square(y_BTD)) / (B * T) + sum(losses.values()), (y_BTD, aux, losses)
 
@@ -165,9 +201,51 @@ def test_what_looks_at_the_whole_batch_sees_it_on_a_mesh():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_on_a_mesh_equals_one_device(name):
+    (_, (_, statistics, _)), _ = compare(ROUTERS[name], MESHES["2x4"])
+    assert statistics.tokens == B * (T - 5) and statistics.dropped == 0
+
+
+FOLLOWS = dataclasses.replace(CONFIG, groups=0, group_devices=2)
+
+
+@pytest.mark.slow
 def test_groups_follow_the_mesh():
     """Each pair of eight devices is one of the four groups that CONFIG names on one device."""
-    compare(CONFIG, MESHES["1x8"], on_mesh=dataclasses.replace(CONFIG, groups=0, group_devices=2))
+    compare(CONFIG, MESHES["1x8"], on_mesh=FOLLOWS)
+
+
+def test_groups_are_of_a_device_a_host_or_a_rack():
+    """Of 144 devices in hosts of four and racks of 72; and of fewer than a host has."""
+    wide = functools.partial(MoEConfig, experts=288, groups=0, router=TopKRouter(top_groups=1))
+    groups = {size: wide(group_devices=size).groups_over(144) for size in (1, 4, 72)}
+    assert groups == {1: 144, 4: 36, 72: 2}
+    reached = [wide(group_devices=size).exchange_plan(D, T, 144).devices_reached for size in (1, 4, 72)]
+    assert reached[0] == 1 and 1 < reached[1] < reached[2] < 2  # two experts a token
+    assert wide(group_devices=4).groups_over(2) == 1
+    with pytest.raises(ValueError, match="group_devices must divide the 6 devices of the mesh's expert axis, got 4"):
+        wide(group_devices=4).groups_over(6)
+
+
+def test_groups_that_follow_the_mesh_are_one_on_one_device():
+    """Trained on groups of its own, a model that is run on one device is limited to none; one that names them still is."""
+    free = dataclasses.replace(CONFIG, router=TopKRouter("sigmoid"), communication_loss=0.0)
+    layer = CONFIG.build(D, depth=1, rngs=nnx.Rngs(params=0), param_dtype=jnp.float32)
+
+    @jax.jit
+    def outputs(layer, x_BTD):
+        found = []
+        for config in (CONFIG, FOLLOWS, free):
+            layer.config = config
+            y_BTD, _, aux = layer(x_BTD, None, Context(jnp.zeros((B, T), jnp.int32)))
+            found.append((y_BTD, aux.visits_G))
+        return found
+
+    (limited, visits_G), (followed, all_G), (unlimited, _) = outputs(layer, inputs())
+    np.testing.assert_array_equal(followed, unlimited)
+    assert np.abs(limited - followed).max() > 1e-3
+    assert all_G.tolist() == [B * T] and len(visits_G) == 4 and visits_G.sum() <= 2 * B * T
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import chex
 import jax
@@ -29,7 +30,7 @@ class Ran:
 
 
 def run(mesh=(1, 1), micro_batches=1, steps=3) -> Ran:
-    mesh = mesh and make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1]])
+    mesh = mesh and make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     # A large eps: Adam's sign of a gradient that is zero but for rounding would differ from form to form.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1, eps=1e-2), 10)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
@@ -86,7 +87,9 @@ def test_metrics_say_what_the_router_did(reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "micro_batches"), [(None, 4), ((2, 2), 2)], ids=["no mesh, micro-batches", "mesh, micro-batches"]
+    ("mesh", "micro_batches"),
+    [(None, 4), ((2, 2), 2), ((2, 1, 4), 1)],
+    ids=["no mesh, micro-batches", "mesh, micro-batches", "experts over four devices"],
 )
 def test_micro_batches_and_meshes_change_nothing(reference, mesh, micro_batches):
     other = run(mesh, micro_batches)
@@ -98,6 +101,7 @@ def test_micro_batches_and_meshes_change_nothing(reference, mesh, micro_batches)
     if mesh:
         w_in = other.state.params["stages"][0]["branches"][1]["mixer"]["w_in_EDF"]
         assert jax.typeof(w_in[...]).sharding.spec == P(None, "expert", ("fsdp", "tensor"), None)
+        assert w_in[...].addressable_shards[0].data.shape[1] == 4 // [*mesh, 1][2]
 
 
 def test_split_rows_keeps_every_row():

@@ -85,13 +85,17 @@ class MoEConfig:
       router_bias: added to the logits (GPT-OSS).
       dispatch: dropless, or with a capacity.
       groups: equal groups of experts, in order: what ``router.top_groups``, the device and the communication loss count.
-        0 makes one of every ``group_devices`` devices along the mesh's expert axis (1: a device, 8: often a host).
+        0 follows the mesh: one group for every ``group_devices`` devices along its expert axis, which may be 1 (a
+        device), a host's (4 or 8) or a rack's (64, 72). Such a model routes by the mesh it runs on: with fewer devices
+        there are fewer groups, and on one device a single one, so that ``top_groups`` limits nothing there. Name the
+        number of groups if it must route alike wherever it runs.
       balance_loss: coefficient of N·Σ f·P, which is then its value at perfect balance, per layer.
       balance_normalisation: f sums to 1 ('per_choice') or to per_token ('per_token').
       z_loss: coefficient of mean(logsumexp(logits)²), per layer.
       sequence_loss: of DeepSeek-V3's balance loss within each row (1e-4).
       device_loss, communication_loss: of DeepSeekMoE's and V2's losses over groups (0.05 and 0.02 in V2).
-      importance_loss, load_loss: of Shazeer's CV² losses (0.1 each).
+      importance_loss, load_loss: of Shazeer's CV² losses (0.1 each). importance_of: the 'weights' of what tokens choose
+        (Shazeer), or the 'probabilities' of all experts (V-MoE), which also reach experts that nobody visits.
       bias_rate: step of the loss-free selection bias (DeepSeek-V3: 1e-3); 0 leaves it at zero. Needs a TopKRouter.
       quantile_bias: the selection bias is set by quantile balancing instead.
       exchange: how tokens reach experts on other devices (``research.sharding.expert_parallel``); 'auto' asks its byte
@@ -121,6 +125,7 @@ class MoEConfig:
     communication_loss: float = 0.0
     importance_loss: float = 0.0
     load_loss: float = 0.0
+    importance_of: Literal["weights", "probabilities"] = "weights"
     bias_rate: float = 0.0
     quantile_bias: bool = False
     exchange: Literal["auto", "all_to_all", "ragged", "padded", "ring"] = "auto"
@@ -158,6 +163,20 @@ class MoEConfig:
         if self.load_loss and not isinstance(self.router, NoisyTopKRouter):
             raise ValueError(f"load_loss needs a NoisyTopKRouter, got a {type(self.router).__name__}")
 
+    def groups_over(self, devices: int) -> int:
+        """Groups of experts on a mesh with ``devices`` along its expert axis.
+
+        Raises:
+          ValueError: groups that follow the mesh, which can't be cut into whole ones.
+        """
+        if self.groups:
+            return self.groups
+        if devices > self.group_devices and devices % self.group_devices:
+            raise ValueError(
+                f"group_devices must divide the {devices} devices of the mesh's expert axis, got {self.group_devices}"
+            )
+        return max(1, devices // self.group_devices)
+
     @property
     def selection_bias(self) -> bool:
         return bool(self.bias_rate) or self.quantile_bias
@@ -181,7 +200,7 @@ class MoEConfig:
 
     def exchange_plan(self, width: int, tokens: int, devices: int, *, itemsize: int = 2) -> ExchangePlan:
         """What tokens travelling over ``devices`` of the expert axis cost, with ``tokens`` tokens on each: print it."""
-        groups = self.groups or max(1, devices // self.group_devices)
+        groups = self.groups_over(devices)
         return exchange_plan(
             tokens // math.gcd(self.chunks, tokens),
             self.latent or width,
@@ -208,7 +227,7 @@ class MoEConfig:
             "sequence_loss": lambda: balancing.sequence_loss(s),
             "device_loss": lambda: balancing.device_loss(s, groups),
             "communication_loss": lambda: balancing.communication_loss(s, min(top_groups, groups)),
-            "importance_loss": lambda: balancing.importance_loss(s),
+            "importance_loss": lambda: balancing.importance_loss(s, of=self.importance_of),
             "load_loss": lambda: balancing.load_loss(s),
         }
         always = ("balance_loss", "z_loss")  # reported even where they are not asked for: what they would be times 0

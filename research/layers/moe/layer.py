@@ -167,7 +167,7 @@ class MoE(nnx.Module):
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         mask_T = None if segment_ids_BT is None else segment_ids_BT.reshape(-1) > 0
         keys_B = None if key_bits is None else jax.random.wrap_key_data(key_bits)
-        groups = c.groups or max(1, axis_size("expert") // c.group_devices)
+        groups = c.groups_over(axis_size("expert"))
         read_TD = jittered(c.router, x_TD, keys_B).astype(jnp.float32)
         logits_TE = self._logits(read_TD, router)
         noise_TE = None if router["w_noise_DE"] is None else read_TD @ router["w_noise_DE"]

@@ -103,9 +103,11 @@ class NoisyTopKRouter:
 
     Attributes:
       sigma: standard deviation of the noise (V-MoE: 1/experts); 0 learns it for each token and expert (Shazeer).
+      score: weights are a softmax over what is chosen ('softmax_after', Shazeer) or over all experts ('softmax', V-MoE).
     """
 
     sigma: float = 0.0
+    score: Literal["softmax_after", "softmax"] = "softmax_after"
     weight_on: Literal["output", "input"] = "output"
 
     def check(self, experts: int, per_token: int, groups: int) -> None:
@@ -122,6 +124,7 @@ class NoisyTopKRouter:
             inputs.key,
             noise_logits_TE=None if self.sigma else inputs.noise_logits_TE,
             sigma=self.sigma or None,
+            score=self.score,
             mask_T=inputs.mask_T,
             weight_on=self.weight_on,
         )

@@ -27,6 +27,7 @@ def noisy_top_k(
     *,
     noise_logits_TE: Float[Array, "T E"] | None = None,
     sigma: float | None = None,
+    score: str = "softmax_after",
     mask_T: Bool[Array, "T"] | None = None,
     weight_on: str = "output",
 ) -> tuple[Assignment, Float[Array, "T E"] | None]:
@@ -37,6 +38,8 @@ def noisy_top_k(
       key: None routes on the clean logits (evaluation).
       noise_logits_TE: learned noise; its standard deviation is softplus of this (Shazeer).
       sigma: a fixed standard deviation instead (V-MoE uses 1/E).
+      score: weights are a softmax over the chosen noisy logits ('softmax_after', Shazeer), or over all of them, not
+        renormalised ('softmax', V-MoE).
 
     Returns:
       The assignment and its smooth load ``P[t, e]``, the probability that fresh noise on expert e alone would choose
@@ -46,13 +49,13 @@ def noisy_top_k(
         raise ValueError("give either noise_logits_TE or sigma, the standard deviation of the noise")
     clean_TE = mask_logits(logits_TE, mask_T)
     if key is None:
-        return top_k(clean_TE, k, score="softmax_after", mask_T=mask_T, weight_on=weight_on), None
+        return top_k(clean_TE, k, score=score, mask_T=mask_T, weight_on=weight_on), None
     if sigma is None:
         deviation_TE = jax.nn.softplus(mask_logits(noise_logits_TE, mask_T))
     else:
         deviation_TE = jnp.full_like(clean_TE, sigma)
     noisy_TE = clean_TE + jax.random.normal(key, clean_TE.shape, clean_TE.dtype) * deviation_TE
-    noisy = top_k(noisy_TE, k, score="softmax_after", mask_T=mask_T, weight_on=weight_on)
+    noisy = top_k(noisy_TE, k, score=score, mask_T=mask_T, weight_on=weight_on)
     expert_TK = noisy.expert_A.reshape(-1, k)
     assignment = from_choice(
         expert_TK, noisy.weight_A.reshape(-1, k), noisy.scores_TE, clean_TE, mask_T=mask_T, weight_on=weight_on
