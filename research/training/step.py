@@ -40,9 +40,9 @@ def make_train_step(
     of the model, coefficients included, summed over its layers, those over chunks and of heads ahead among them:
     balance_loss, z_loss and others of experts, index_loss (sparse attention), ratio_loss (chunks), mtp_loss (heads ahead).
     With experts also load_LE (share of assignments, a row a layer in the order they run; −1 past the experts of layers
-    that have fewer than others), max_violation (worst layer), dead_experts (all layers), router_entropy (mean, nats) and dropped_assignments (all layers); with indexers
-    that warm up index_captured (share of attention that their top-k hold, mean); with chunks tokens_per_chunk, and
-    tokens_per_chunk_2 for chunks of chunks.
+    that have fewer than others), max_violation (worst layer), dead_experts (all layers), router_entropy (mean, nats)
+    and dropped_assignments (all layers); with indexers that warm up index_captured (share of attention that their top-k
+    hold, mean); with chunks tokens_per_chunk, and tokens_per_chunk_2 for chunks of chunks.
 
     Args:
       trained: of paths in a state tree, which variables the step changes; no gradient is computed for the others.
