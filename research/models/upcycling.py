@@ -31,6 +31,10 @@ def upcycled_config(
         )
     if not 1 <= active <= copies:
         raise ValueError(f"active must be from 1 to the {copies} copies, got {active}")
+    if router.weight_on == "input" and active > 1:
+        raise ValueError(
+            f"active must be 1 where like.router weights inputs, which an activation does not add up over; got {active}"
+        )
     known = {branch.name: branch.mixer for branch in config.branches}
     for name in names:
         mixer = known.get(name)
@@ -79,8 +83,9 @@ def upcycle(
 
     Every MLP is copied ``copies`` times, of which a token visits ``active``. With ``granularity`` G each copy is split
     along its hidden width into G experts that start with one router column, so that a token visits a copy's parts
-    together ("virtual groups", He et al. 2024, arXiv 2410.07524); training then tells them apart. Without noise the
-    output is the dense model's. Everything else is taken over as it is.
+    together ("virtual groups", He et al. 2024, arXiv 2410.07524); training then tells them apart. Without noise, and as
+    long as no capacity drops anything, the output is the dense model's: what ``like.router.scale`` multiplies, the
+    matrices next to it are divided by. Everything else is taken over as it is.
 
     Args:
       noise: normal noise on experts, in units of each matrix's own root mean square (OLMoE found no use in it).
@@ -88,8 +93,8 @@ def upcycle(
       seed: of routers and noise.
 
     Raises:
-      ValueError: a name that is no MLP's, a granularity that doesn't divide its hidden width, active above copies, or
-        a router whose weights aren't renormalised.
+      ValueError: a name that is no MLP's, a granularity that doesn't divide its hidden width, active above copies (or
+        above 1 where weights act on the input), or a router whose weights aren't renormalised.
     """
     config = upcycled_config(model.config, names, copies=copies, active=active, granularity=granularity, like=like)
     new = jax.jit(lambda: LanguageModel(config, rngs=nnx.Rngs(params=seed)))()
@@ -121,6 +126,10 @@ def _fill(moe: MoE, mlp: MLP, copies: int, parts: int, noise: float, keys) -> No
     in_LDGPF = w_in_LDN.reshape(L, D, gates, parts, -1)
     w_in_LEDN = jnp.transpose(in_LDGPF, (0, 3, 1, 2, 4)).reshape(L, parts, D, -1)
     w_out_LEFD = w_out_LFD.reshape(L, parts, -1, D)
+    router = moe.config.router
+    assert isinstance(router, TopKRouter)
+    scale, on_input = router.scale / parts, router.weight_on == "input"
+    w_in_LEDN, w_out_LEFD = (w_in_LEDN / scale, w_out_LEFD) if on_input else (w_in_LEDN, w_out_LEFD / scale)
     for variable, part, key in ((moe.w_in_EDF, w_in_LEDN, keys[0]), (moe.w_out_EFD, w_out_LEFD, keys[1])):
         copied = jnp.tile(part, (1, copies, 1, 1))
         if noise:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.layers.mlp import MLPConfig
-from research.layers.moe import Capacity, GShardRouter, MoEConfig
+from research.layers.moe import Capacity, GShardRouter, MoEConfig, TopKRouter
 from research.models.config import ModelConfig, MTPConfig, Residual
 from research.models.multi_token import multi_token_sums
 from research.models.upcycling import upcycle
@@ -35,6 +35,18 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(active, granularity):
     mixer = model.config.branches[0].mixer
     assert (mixer.experts, mixer.per_token, mixer.hidden) == (3 * granularity, active * granularity, 8 // granularity)
     assert model.config.branches[1] == DENSE.branches[1]
+    np.testing.assert_allclose(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("active", "router"),
+    [(2, TopKRouter("sigmoid", scale=2.5)), (1, TopKRouter("softmax_after", scale=0.5, weight_on="input"))],
+)
+def test_whatever_the_router_multiplies(active, router):
+    dense = small_model(DENSE)
+    model = upcycle(dense, ["mlp"], copies=3, active=active, granularity=2, like=MoEConfig(router=router))
+    assert model.config.branches[0].mixer.router == dataclasses.replace(router, scale=2 * router.scale)
     np.testing.assert_allclose(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
 
 
@@ -75,6 +87,9 @@ def test_what_cannot_be_upcycled():
         upcycle(dense, ["mlp"], copies=2, granularity=3)
     with pytest.raises(ValueError, match="active must be from 1 to the 2 copies, got 3"):
         upcycle(dense, ["mlp"], copies=2, active=3)
+    like = MoEConfig(router=TopKRouter(weight_on="input"))
+    with pytest.raises(ValueError, match=r"active must be 1 where like.router weights inputs, .*; got 2"):
+        upcycle(dense, ["mlp"], copies=2, active=2, like=like)
     like = dataclasses.replace(MoEConfig(), router=GShardRouter())
     with pytest.raises(ValueError, match="must be a TopKRouter whose weights are renormalised"):
         upcycle(dense, ["mlp"], copies=2, like=like)
