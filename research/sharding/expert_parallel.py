@@ -7,6 +7,10 @@ token (all-gather), computes what its experts have to say, and the sums return t
 
 Nothing is ever dropped. Buffers of the all-to-all hold ``slack`` times an even load; where a batch needs more, all
 devices take the ring for it, a part at a time, so that memory stays bounded.
+
+For XLA to let tokens travel on a TPU while experts and the shared expert compute, its all-to-alls must be asynchronous:
+``LIBTPU_INIT_ARGS="--xla_tpu_enable_async_all_to_all=true --xla_tpu_enable_async_ragged_all_to_all=true"``. What is then
+scheduled, with ``chunks=2``, is tested ahead of time (``tests/sharding/test_tpu_schedule.py``).
 """
 
 import dataclasses
