@@ -340,6 +340,10 @@ def _mesh(config: ExperimentConfig) -> jax.sharding.Mesh:
         check_batch(rows // parts, mesh)
     except ValueError as error:
         raise ConfigError(f"data.batch_size is {rows} (train.micro_batches is {parts}): {error}") from error
+    try:
+        exchange_plans(config, mesh)
+    except ValueError as error:
+        raise ConfigError(f"mesh: {error}") from error
     return mesh
 
 

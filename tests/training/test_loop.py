@@ -249,6 +249,8 @@ def test_what_no_run_can_start_with(config, tmp_path):
     refused(_with(config, micro_batches=3), tmp_path / "b", "divisible by train.micro_batches, 3")
     mesh = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=3))
     refused(mesh, tmp_path / "b", "mesh: .* number of devices, 8")
+    spread = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, expert=8))
+    refused(spread, tmp_path / "b", "mesh: experts must divide over the 8 devices of the mesh's expert axis, got 4")
     none = dataclasses.replace(config, data=dataclasses.replace(config.data, source=runs_source(tmp_path / "nowhere")))
     refused(none, tmp_path / "b", "matches no file")
     with runs.claim(tmp_path / "taken"):
