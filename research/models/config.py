@@ -143,7 +143,7 @@ class ModelConfig:
       embedding_scale, logit_scale: factors on what is embedded, and on the logits (Grok-1, MiniCPM).
       dtype: computed in. Routers, states and losses stay in float32.
       param_dtype: parameters are stored in.
-      remat: recompute each unit in the backward pass instead of storing its activations.
+      remat: recompute each unit in the backward pass instead of storing its activations; over chunks too.
       unroll: repeats of a stage that are compiled side by side: spares the copies a scan makes of what it saves, for
         compilation that takes as many times longer.
       mtp: heads that predict tokens further ahead; None for none.

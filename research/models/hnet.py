@@ -12,9 +12,8 @@ from flax import nnx
 from research.axes import Array, Float, Int
 from research.layers.context import Context, Nested
 from research.layers.parameters import constant, normal, project, read
-from research.layers.place import Place
 from research.models.config import HNetConfig
-from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
+from research.models.stages import build_stages, factorise, init_states, run_stages
 from research.ops.attention import tokens_of
 from research.ops.dynamic_chunking import (
     chunk_statistics,
@@ -49,11 +48,8 @@ class HNet(nnx.Module):
         self.w_key_DK = constant(jnp.eye(D), param_dtype, P("fsdp", None))
         self.w_residual_DD = constant(jnp.zeros((D, D)), jnp.float32, P("fsdp", None))
         self.pad_D = normal(rngs, (W - D,), param_dtype, P(None), fan_in=W) if W > D else None
-        place, stages = Place(0, token_mixers(config.layers)), []
-        for stage in self.plan:
-            options = {"depth": depth + len(config.layers), "place": place, "rngs": rngs, "param_dtype": param_dtype}
-            stages.append(build_stage(stage, W, **options))
-            place = place._replace(layer=place.layer + token_mixers(stage.unit) * stage.repeats)
+        inside = depth + len(config.layers)
+        stages, _ = build_stages(self.plan, W, depth=inside, rngs=rngs, param_dtype=param_dtype)
         self.stages = nnx.List(stages)
         self.norm = config.final_norm.build(W, param_dtype=param_dtype)
 
@@ -107,16 +103,17 @@ class HNet(nnx.Module):
             pad_W = jnp.pad(pad_D, (x_BMD.shape[-1], 0))
             x_BMD = jnp.pad(x_BMD, [(0, 0), (0, 0), (0, len(pad_D))]) + pad_W
         inner = Context(
-            place_BM, ids_BM, None, None if state is None else state.chunks_B, context.key, context.deterministic
-        )  # fmt: skip
-        states, auxes = [], []
-        for index, stacked in enumerate(self.stages):
-            before = (None,) * len(stacked.branches) if state is None else state.stages[index]
-            x_BMD, _, after, aux = run_stage(stacked, x_BMD, before, inner, remat=False, unroll=1)
-            states.append(after)
-            auxes.append(aux)
+            place_BM,
+            ids_BM,
+            cached_B=None if state is None else state.chunks_B,
+            key=context.key,
+            deterministic=context.deterministic,
+            remat=context.remat,
+        )
+        before = None if state is None else state.stages
+        x_BMD, states, auxes = run_stages(self.stages, x_BMD, before, inner, unroll=1)
         width = self.w_query_DK[...].shape[-1]
-        return self.norm(x_BMD)[..., :width], tuple(states), tuple(auxes)
+        return self.norm(x_BMD)[..., :width], states, auxes
 
     def _spread(self, batched, _):
         h_BMD, p_BM, ids_BM, routing, mean_BD = batched

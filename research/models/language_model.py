@@ -10,10 +10,9 @@ from flax import nnx
 from research.axes import Array, Float, Int
 from research.layers.context import Context, without_padding
 from research.layers.parameters import normal, project, read
-from research.layers.place import Place
 from research.models.config import ModelConfig
 from research.models.multi_token import MultiToken
-from research.models.stages import build_stage, factorise, init_states, run_stage, token_mixers
+from research.models.stages import build_stages, factorise, init_states, run_stages
 from research.ops.segments import real_and_reset
 from research.sharding.mesh import P, look_up
 
@@ -44,11 +43,7 @@ class LanguageModel(nnx.Module):
         self.plan = factorise(config.layers)
         # Unit entries for the residual stream; unit rows where the head shares them, so that logits start of order one.
         self.embedding_VD = normal(rngs, (V, D), dtype, P(None, "fsdp"), fan_in=D if config.tie_embeddings else 1)
-        place, stages = Place(0, token_mixers(config.layers)), []
-        for stage in self.plan:
-            options = {"depth": len(config.layers), "place": place, "rngs": rngs, "param_dtype": dtype}
-            stages.append(build_stage(stage, D, **options))
-            place = place._replace(layer=place.layer + token_mixers(stage.unit) * stage.repeats)
+        stages, place = build_stages(self.plan, D, depth=len(config.layers), rngs=rngs, param_dtype=dtype)
         self.stages = nnx.List(stages)
         self.final_norm = config.final_norm.build(D, param_dtype=dtype)
         self.head_DV = None if config.tie_embeddings else normal(rngs, (D, V), dtype, P("fsdp", None), fan_in=D)
@@ -80,21 +75,15 @@ class LanguageModel(nnx.Module):
         """The normalised last hidden states [B, T, D] with the cache and auxiliaries (see ``__call__``)."""
         cached_B = None if cache is None else cache.length_B
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
-        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, deterministic=key is None)
+        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, key is None, self.config.remat)
         x_BTD = without_padding(self.embed(tokens_BT), context)  # padding may hold any id, out of range included
-        states, auxes = [], []
-        for index, stacked in enumerate(self.stages):
-            before = (None,) * len(stacked.branches) if cache is None else cache.stages[index]
-            options = {"remat": self.config.remat, "unroll": self.config.unroll}
-            x_BTD, selected_BTN, after, aux = run_stage(stacked, x_BTD, before, context, **options)
-            context = dataclasses.replace(context, selected_BTN=selected_BTN)
-            states.append(after)
-            auxes.append(aux)
+        before = None if cache is None else cache.stages
+        x_BTD, states, auxes = run_stages(self.stages, x_BTD, before, context, unroll=self.config.unroll)
         if cache is not None:
             B, T = tokens_BT.shape
             new_B = jnp.full(B, T) if segment_ids is None else jnp.sum(segment_ids > 0, axis=1)
-            cache = Cache(cache.length_B + new_B.astype(cache.length_B.dtype), tuple(states))
-        return self.final_norm(x_BTD), cache, tuple(auxes)
+            cache = Cache(cache.length_B + new_B.astype(cache.length_B.dtype), states)
+        return self.final_norm(x_BTD), cache, auxes
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = look_up(read(self.embedding_VD, self.config.compute_dtype), tokens_BT)

@@ -4,7 +4,7 @@ Compile time grows with the branches that differ, not with depth.
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,32 @@ def build_stage(stage: Stage[Residual], width: int, *, depth: int, place: Place,
     return nnx.vmap(nnx.transform_metadata(make, partition=None))(rngs.split(stage.repeats), layers_L)
 
 
-def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool, unroll: int):
+def build_stages(
+    plan: Sequence[Stage[Residual]], width: int, *, depth: int, rngs: nnx.Rngs, param_dtype
+) -> tuple[list[Unit], Place]:
+    """A ``build_stage`` for each, numbered from 0, and the place after them."""
+    layers = [branch for stage in plan for branch in stage.unit * stage.repeats]
+    place, stages = Place(0, token_mixers(layers)), []
+    for stage in plan:
+        stages.append(build_stage(stage, width, depth=depth, place=place, rngs=rngs, param_dtype=param_dtype))
+        place = place._replace(layer=place.layer + token_mixers(stage.unit) * stage.repeats)
+    return stages, place
+
+
+def run_stages(stages: Iterable[Unit], x_BTD, states, context: Context, *, unroll: int):
+    """One stage after the other: (x, states, auxiliaries); ``states`` (None without a cache) and the last two have an entry a
+    stage. What a layer hands on reaches later stages too."""
+    after, auxes = [], []
+    for index, stacked in enumerate(stages):
+        before = (None,) * len(stacked.branches) if states is None else states[index]
+        x_BTD, selected_BTN, state, aux = run_stage(stacked, x_BTD, before, context, unroll=unroll)
+        context = dataclasses.replace(context, selected_BTN=selected_BTN)
+        after.append(state)
+        auxes.append(aux)
+    return x_BTD, tuple(after), tuple(auxes)
+
+
+def run_stage(stacked: Unit, x_BTD, states, context: Context, *, unroll: int):
     """All repeats of a stage: (x, selection handed on, states, auxiliaries), the last two stacked over repeats."""
 
     def body(carry, repeat):
@@ -124,7 +149,7 @@ def run_stage(stacked: Unit, x_BTD, states, context: Context, *, remat: bool, un
         if shape is not None:
             spec = shape.sharding.spec if on_mesh() else None
             selected_BTN = jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
-    body = jax.checkpoint(body) if remat else body
+    body = jax.checkpoint(body) if context.remat else body
     carry, (states, auxes) = jax.lax.scan(body, (x_BTD, selected_BTN), (stacked, states), unroll=unroll)
     return *carry, states, auxes
 

@@ -10,6 +10,7 @@ import pytest
 
 from research.config import from_json, to_json
 from research.layers.attention import AttentionConfig
+from research.layers.dsa import DSAConfig
 from research.layers.gated_deltanet import GatedDeltaNetConfig
 from research.layers.mlp import MLPConfig
 from research.models.auxiliaries import Auxiliaries, auxiliary_losses
@@ -177,6 +178,23 @@ def test_too_many_chunks_stay_in_the_last():
     assert np.isfinite(logits).all()
     before = call(model, tokens_BT.at[:, 9:].add(1) % 31).logits_BTV
     chex.assert_trees_all_close(before[:, :9], logits[:, :9], atol=1e-5)
+
+
+def test_a_selection_reaches_later_stages_over_chunks():
+    """Two layers that choose and two that share are two stages."""
+    given = DSAConfig(
+        heads=2, nope_width=4, rope_width=4, value_width=4, latent=8, index_width=4, top_k=2, indices="given"
+    )
+    layers = (Residual("given", given), Residual("shared", dataclasses.replace(given, indices="shared")))
+    model = small_model(config_of(HNetConfig(layers, ("given", "given", "shared", "shared"), ratio=2.0)))
+    assert len(model.stages[0].branches[1].mixer.plan) == 2
+    assert jax.eval_shape(lambda: model(tokens_of()).logits_BTV).shape == (2, T, 31)
+
+
+def test_layers_over_chunks_are_recomputed_too():
+    for remat, stages in ((False, 0), (True, 2)):
+        model = small_model(dataclasses.replace(config_of(INNER), remat=remat))
+        assert str(jax.make_jaxpr(model)(tokens_of())).count("prevent_cse") == stages
 
 
 def test_a_configuration_within_itself_survives_json():
