@@ -16,6 +16,12 @@ from research.layers.context import Context
 from tests.interop.checkpoints import GOLDEN, golden, stored_in, write_checkpoint
 from tests.interop.weights import weight
 
+QWEN = (
+    "model.layers.3.",
+    "mtp.layers.0.",
+    [f"mtp.{name}.weight" for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")],
+    {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+)
 # Family → the layer whose tensors the head's are like, the head's layer, names of (norms of token, of h, W, last norm), and the
 # config.json of a model of the layer alone.
 HEADS = {
@@ -25,12 +31,8 @@ HEADS = {
         [f"model.layers.3.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm")],
         {"num_hidden_layers": 1, "first_k_dense_replace": 0},
     ),
-    "qwen3_next": (
-        "model.layers.3.",
-        "mtp.layers.0.",
-        [f"mtp.{name}.weight" for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")],
-        {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
-    ),
+    "qwen3_next": QWEN,
+    "qwen3_5": QWEN,
 }
 
 
@@ -49,7 +51,9 @@ def logits_ahead(model, tokens_1T):
     return model.logits(hidden_1TD)[0]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3_next", "qwen3_5"))]
+)
 def test_logits_of_a_published_head(name, tmp_path):
     g, (like, prefix, (enorm, hnorm, merge, last), alone) = golden(name), HEADS[name]
     tiny, tokens, D = json.loads((GOLDEN / name / "tiny.json").read_text()), g.documents[1], g.hub["hidden_size"]
@@ -76,7 +80,7 @@ def test_logits_of_a_published_head(name, tmp_path):
     block = huggingface.load(write_checkpoint(tmp_path / "layer", hub, {**own, "model.norm.weight": heads[last]}))
     h_ahead_TD = np.float64(read_at_once(block, jnp.arange(len(x_TD))[None])[0, :, :D])
 
-    hub = {**g.hub, "num_nextn_predict_layers": 1}
+    hub = {**g.hub, "mtp_num_hidden_layers" if name == "qwen3_5" else "num_nextn_predict_layers": 1}
     model = huggingface.load(write_checkpoint(tmp_path / "whole", hub, {**g.tensors, **heads}))
     np.testing.assert_allclose(logits_ahead(model, tokens[None]), h_ahead_TD @ head.T, rtol=0, atol=5 * g.atol)
     huggingface.save(model, hub, tmp_path / "again")

@@ -1,4 +1,7 @@
-"""Qwen3.5, dense, its language model (Qwen Team 2026): Qwen3-Next's mixers with their projections stored apart."""
+"""Qwen3.5, dense, its language model (Qwen Team 2026): Qwen3-Next's mixers with their projections stored apart.
+
+Its head ahead is Qwen3-Next's too; config.json announces it as ``mtp_num_hidden_layers: 1``.
+"""
 
 from collections.abc import Iterator
 
@@ -17,10 +20,15 @@ def model(keys: Keys, feed_forward: Residual) -> ModelConfig:
     """Of Qwen3.5, dense or with experts."""
     keys.only("hidden_act", "silu")
     keys.only("attn_output_gate", True)
-    keys.inert("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "full_attention_interval")
+    keys.inert("mamba_ssm_dtype", "full_attention_interval")
     mixers = qwen3_next.mixers(keys)
     layers = [(mixers[kind], feed_forward) for kind in qwen3_next.layer_types(keys)]
-    return parts.language_model(keys, layers, qwen3_next.norm(keys))
+    model = parts.language_model(keys, layers, qwen3_next.norm(keys))
+    if not keys.only("mtp_num_hidden_layers", 0, 1):
+        keys.inert("mtp_use_dedicated_embeddings")
+        return model
+    keys.only("mtp_use_dedicated_embeddings", False)
+    return qwen3_next.with_head(model, (mixers["full_attention"], feed_forward))
 
 
 def gated_deltanet(prefix: str, branch: BranchViews) -> Iterator[Tensor]:

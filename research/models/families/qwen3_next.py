@@ -25,9 +25,12 @@ def config(keys: Keys) -> ModelConfig:
         for kind, has_experts in zip(layer_types(keys), parts.sparse_layers(keys), strict=True)
     ]
     model = parts.language_model(keys, layers, norm(keys))
-    if not keys.only("num_nextn_predict_layers", 0, 1):
-        return model
-    head = (branches["full_attention"], sparse)
+    heads = keys.only("num_nextn_predict_layers", 0, 1)
+    return with_head(model, (branches["full_attention"], sparse)) if heads else model
+
+
+def with_head(model: ModelConfig, head: tuple[Residual, ...]) -> ModelConfig:
+    """With a head ahead of one layer, these branches."""
     mtp = MTPConfig(pattern=tuple(branch.name for branch in head))
     return dataclasses.replace(model, branches=tuple(dict.fromkeys((*model.branches, *head))), mtp=mtp)
 
