@@ -67,7 +67,7 @@ class HNet(nnx.Module):
         h_BMD, states, auxes = self._over_chunks(x_BMD, ids_BM, place_BM, state, context)
 
         mean_BD = None if state is None else state.mean_BD
-        z_BTD, mean_BD = per_shard(self._spread, (h_BMD, p_BM, ids_BM, routing, mean_BD))
+        z_BTD, mean_BD = per_shard(self._spread, (h_BMD, p_BM, ids_BM, routing, ids_BT, mean_BD))
         wide = jnp.promote_types(dtype, jnp.float32)
         skip_BTD = project(x_BTD.astype(wide), read(self.w_residual_DD, wide))
         y_BTD = z_BTD.astype(wide) * straight_through(routing)[..., None] + skip_BTD
@@ -116,6 +116,6 @@ class HNet(nnx.Module):
         return self.norm(x_BMD)[..., :width], states, auxes
 
     def _spread(self, batched, _):
-        h_BMD, p_BM, ids_BM, routing, mean_BD = batched
-        z_BTD, mean_BD = spread_chunks(h_BMD, p_BM, ids_BM, routing, last_BD=mean_BD)
+        h_BMD, p_BM, ids_BM, routing, ids_BT, mean_BD = batched
+        z_BTD, mean_BD = spread_chunks(h_BMD, p_BM, ids_BM, routing, ids_BT, last_BD=mean_BD)
         return z_BTD, mean_BD

@@ -90,11 +90,13 @@ def spread_chunks(
     probability_BM: Float[Array, "B M"],
     ids_BM: Int[Array, "B M"],
     routing: Routing,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
     *,
     last_BD: Float[Array, "B D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """Chunks back to tokens: ``z_j = P_j h_j + (1 − P_j) z_{j−1}`` over the chunks of a document (eq. 6 and 8; P within 1e-4 of
-    0 and 1), and z of its own chunk at every token; with it the last z of each row (``last_BD`` after the call).
+    0 and 1), and z of its own chunk at every token; with it the last z of each row (``last_BD`` after the call). A document
+    that begins after the last slot has no chunk: 0 at its tokens.
 
     The gradient of a token's merged output reaches its p through ``straight_through``.
     """
@@ -114,8 +116,12 @@ def spread_chunks(
     )
     before_B1D = jnp.zeros((B, 1, D), wide) if last_BD is None else last_BD.astype(wide)[:, None]
     row_BSD = jnp.concatenate([before_B1D, z_BM1D[:, :, 0]], axis=1)
-    chunk_BT1 = jnp.minimum(jnp.cumsum(routing.boundary_BT, axis=1, dtype=jnp.int32), M)[..., None]
-    return jnp.take_along_axis(row_BSD, chunk_BT1, axis=1).astype(h_BMD.dtype), state_B11D[:, 0, 0]
+    chunk_BT = jnp.minimum(jnp.cumsum(routing.boundary_BT, axis=1, dtype=jnp.int32), M)
+    z_BTD = jnp.take_along_axis(row_BSD, chunk_BT[..., None], axis=1)
+    if segment_ids_BT is not None:
+        document_BT = jnp.take_along_axis(ids_BM, jnp.maximum(chunk_BT - 1, 0), axis=1)
+        z_BTD = jnp.where(((chunk_BT > 0) & (document_BT != segment_ids_BT))[..., None], 0, z_BTD)
+    return z_BTD.astype(h_BMD.dtype), state_B11D[:, 0, 0]
 
 
 def straight_through(routing: Routing) -> Float[Array, "B T"]:

@@ -170,14 +170,41 @@ def test_gradients_reach_the_router_and_everything_behind_it(hnet):
         assert np.isfinite(slope).all() and jnp.abs(slope).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
 def test_too_many_chunks_stay_in_the_last():
-    """Half the slots: nothing before the overflow changes, and nothing after it fails."""
-    model, tokens_BT = small_model(config_of(dataclasses.replace(INNER, capacity=0.3))), tokens_of()
-    logits = call(model, tokens_BT).logits_BTV
-    assert np.isfinite(logits).all()
+    """Three slots for four chunks and more: tokens of the fourth read the third, a document without a chunk reads nothing."""
+    boundary = jnp.asarray([[1, 0, 1, 1, 0, 1, 0], [1, 1, 0, 1, 1, 0, 1]], bool)
+    ids = jnp.asarray([[1] * 7, [1, 1, 1, 1, 2, 2, 2]], jnp.int32)
+    with jax.enable_x64(True):
+        p, x = jnp.where(boundary, 0.75, 0.25), jnp.asarray(random.normal(size=(2, 7, D)))
+        routing = Routing(p, boundary)
+        h_BMD, p_BM, ids_BM = gather_chunks(x, routing, ids, slots=3)
+        y_BTD, last_BD = spread_chunks(h_BMD, p_BM, ids_BM, routing, ids)
+    h, expected = np.asarray(h_BMD), []
+    np.testing.assert_array_equal(h, [x[0, [0, 2, 3]], x[1, [0, 1, 3]]])
+    assert ids_BM.tolist() == [[1, 1, 1], [1, 1, 1]]
+    for row in h:
+        z = [0.75 * row[0]]
+        for chunk in row[1:]:
+            z.append(0.75 * chunk + 0.25 * z[-1])
+        expected.append(z)
+    (a, b, c), (d, e, f), none = *expected, np.zeros(D)
+    np.testing.assert_allclose(y_BTD, [[a, a, b, c, c, c, c], [d, e, e, f, none, none, none]], atol=1e-12)
+    np.testing.assert_allclose(last_BD, [c, f], atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_model_whose_chunks_overflow_is_causal():
+    config = dataclasses.replace(INNER, capacity=0.3)
+    model, tokens_BT = small_model(config_of(config)), tokens_of()
+    whole = call(model, tokens_BT)
+    assert whole.aux[0][1].own.boundaries[0] > 2 * round(0.3 * T)
+    # The same router with room for all: what overflows makes a difference, and none before it does.
+    roomy = call(small_model(config_of(INNER)), tokens_BT).logits_BTV
+    differs_T = jnp.abs(whole.logits_BTV - roomy).max((0, 2)) > 1e-4
+    assert differs_T.any() and not differs_T[:4].any()
     before = call(model, tokens_BT.at[:, 9:].add(1) % 31).logits_BTV
-    chex.assert_trees_all_close(before[:, :9], logits[:, :9], atol=1e-5)
+    chex.assert_trees_all_close(before[:, :9], whole.logits_BTV[:, :9], atol=1e-5)
+    assert jnp.abs(before[:, 9:] - whole.logits_BTV[:, 9:]).max() > 1e-3
 
 
 def test_a_selection_reaches_later_stages_over_chunks():
