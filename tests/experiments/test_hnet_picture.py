@@ -27,6 +27,15 @@ def test_a_model_without_chunks_is_refused():
         hnet.boundaries(small_model(), [1, 2])
 
 
+def test_a_run_says_how_far_it_was_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"must hold a finished run, it has no result.json"):
+        hnet.trained_to(tmp_path)
+    (tmp_path / "result.json").write_text('{"step": 12, "held_out": {"bits_per_byte": 2.5}}')
+    lines = [f'{{"step": {n}, "tokens_per_chunk": {n}}}\n' for n in range(1, 13)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert hnet.trained_to(tmp_path) == {"steps": 12, "held_out_bits_per_byte": 2.5, "tokens_per_chunk": 7.5}
+
+
 def test_bytes_have_kinds(tmp_path):
     text = b"ab  c=="
     assert hnet.kinds_of(text) == [hnet.KINDS[i] for i in (0, 1, 2, 3, 0, 4, 5)]
