@@ -23,6 +23,9 @@ from research.ops.rope import RopeLayout, rope
 from research.ops.sparse_attention import IndexStatistics, attend_selected, index_divergence, select
 from research.sharding.mesh import P, per_shard
 
+# Keys for each that is selected up to which a prefill is faster that scores them all under a mask.
+MASKED = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class DSAConfig(MLAConfig):
@@ -36,7 +39,7 @@ class DSAConfig(MLAConfig):
         no indexer (GLM-5.2).
       stage: 'warm_up' or 'sparse' (see above).
       index_loss: coefficient of the mean divergence, per layer.
-      prefill: attention to the selection 'masked' or 'gathered'; None masks while keys are up to 4·top_k.
+      prefill: attention to the selection 'masked' or 'gathered'; None masks while keys are up to ``MASKED``·top_k.
     """
 
     index_heads: int = 4
@@ -183,16 +186,21 @@ class DSA(MLA):
                 index_q_BTHK, index_k_BSK, w_BTH, absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None], query, source,
                 scale=c.score_scale, index_BTN=selected_BTN, top_k=c.top_k if c.stage == "warm_up" else None,
             )  # fmt: skip
-        prefill = c.prefill or ("masked" if T > 8 and 4 * c.top_k >= S else "gathered")
-        options: dict[str, Any] = {"scale": c.score_scale}
-        if dense:
-            options |= {"implementation": c.implementation, **mask}
+        prefill = c.prefill or ("masked" if T > 8 and MASKED * c.top_k >= S else "gathered")
+        gathered = not dense and prefill == "gathered"
+        if absorbed or gathered:
+            # Gathered latents are read by all heads: keys and values of each would be made for every query anew.
+            q_BTHK, k_BSGK = absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None]
+            v_BSGV = k_BSGK
         else:
-            options |= {"index_BTN": selected_BTN, "form": prefill}
-        attend: Any = attention if dense else attend_selected
-        if not absorbed and (dense or prefill == "masked"):
-            return attend(q_BTHK, *spread(latent_BSK, *weights), **options), cache, selected_BTN, statistics
-        # Gathered latents are read by all heads: keys and values of each would be made for every query anew.
-        k_BS1K = latent_BSK[:, :, None]
-        o_BTHK = attend(absorb(q_BTHK, w_key_HKN), k_BS1K, k_BS1K if dense else None, **options)
-        return read_out(o_BTHK[..., : c.latent], w_value_HVK), cache, selected_BTN, statistics
+            k_BSGK, v_BSGV = spread(latent_BSK, *weights)
+        if gathered:
+            assert selected_BTN is not None
+            o_BTHV = attend_selected(q_BTHK, k_BSGK, None, selected_BTN, scale=c.score_scale)
+        else:
+            own = {"implementation": c.implementation} if dense else {"selected_BTN": selected_BTN}
+            options: dict[str, Any] = {"scale": c.score_scale, **mask, **own}
+            o_BTHV = attention(q_BTHK, k_BSGK, v_BSGV, **options)
+        if absorbed or gathered:
+            o_BTHV = read_out(o_BTHV[..., : c.latent], w_value_HVK)
+        return o_BTHV, cache, selected_BTN, statistics

@@ -1,12 +1,14 @@
 """Softmax attention, norms and rotary embedding against definitions in float64 NumPy."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.ops.attention import attention
+from research.ops.attention import attention, dispatch, kernels, tokens_of
 from research.ops.losses import cross_entropy
 from research.ops.norms import l2_norm, rms_norm
 from research.ops.rope import LinearScaling, Llama3Scaling, YarnScaling, frequencies, rope
@@ -136,6 +138,38 @@ def test_windows_chunks_sinks_and_caps(name, packed):
     chex.assert_trees_all_close(blocked, dense, atol=1e-12)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_to_a_selection(packed):
+    """Both forms in float64 against brute force, gradients of the one against the other's."""
+    q, k, v = arrays(T=23, S=23)
+    ids = IDS if packed else np.ones((2, 23), np.int32)
+    drawn = [[random.permutation(23)[:4] for _ in range(23)] for _ in range(2)]
+    # Its own, some others, those it may not see among them, and none.
+    selected = np.concatenate([np.broadcast_to(np.arange(23)[None, :, None], (2, 23, 1)), drawn], axis=2)
+    selected[:, :, 1:] = np.where(selected[:, :, 1:] == selected[:, :, :1], 23, selected[:, :, 1:])
+
+    def allowed(b, t, s):
+        return s <= t and ids[b, t] == ids[b, s] > 0 and s in selected[b, t]
+
+    oracle = brute_force(q, k, v, allowed)
+    weights = random.normal(size=oracle.shape)
+
+    @jax.jit
+    def both(x):
+        def call(x, form):
+            ids_BT = jnp.asarray(ids) if packed else None
+            options = {"segment_ids_BT": ids_BT, "selected_BTN": jnp.asarray(selected, jnp.int32)}
+            return attention(*x, **options, implementation=form, block_size=8)
+
+        pulled = [jax.vjp(lambda x, form=form: call(x, form), x) for form in ("dense", "blocked")]
+        return [(o_BTHV, pull(jnp.asarray(weights))) for o_BTHV, pull in pulled]
+
+    with jax.enable_x64(True):
+        dense, blocked = both([jnp.asarray(a) for a in (q, k, v)])
+    np.testing.assert_allclose(dense[0], oracle, atol=1e-12)
+    chex.assert_trees_all_close(blocked, dense, atol=1e-12)
+
+
 def test_temperature_multiplies_scores():
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays())
     temperature_BT = jnp.asarray(random.uniform(0.5, 2, (2, 7)), jnp.float32)
@@ -195,12 +229,13 @@ def test_the_kernel_is_chosen_when_the_call_is_lowered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "window", "sinks, window and cap"])
+@pytest.mark.parametrize("name", ["full", "window", "sinks, window and cap", "chunk"])
 def test_the_tpu_kernel_computes_the_same(name):
     options = dict(VARIANTS[name])
     sinks = jnp.asarray(random.normal(size=2), jnp.float32) if options.pop("sinks", False) else None
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays(B=1, T=128, S=128, H=2, G=1, K=8, V=8))
-    ids = jnp.asarray([[1] * 50 + [2] * 70 + [0] * 8], jnp.int32)
+    # The kernel counts chunks from the start of the row: Llama 4's are served without documents.
+    ids = None if name == "chunk" else jnp.asarray([[1] * 50 + [2] * 70 + [0] * 8], jnp.int32)
 
     def call(form, x):
         return attention(*x, sinks_H=sinks, segment_ids_BT=ids, implementation=form, **options)
@@ -210,6 +245,49 @@ def test_the_tpu_kernel_computes_the_same(name):
     gradients = [jax.grad(lambda x, f=f: jnp.sin(call(f, x)).sum())((q, k, v)) for f in ("splash_interpret", "dense")]
     for ours, definition in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, definition, atol=1e-4)
+
+
+def plan_of(**options):
+    fields = dict.fromkeys(("implementation", "window", "chunk", "softcap"))
+    return dispatch.Plan(**{**fields, "block": 8, "aligned": True, "packed": True, **options})
+
+
+def test_windows_that_the_tpu_kernel_would_miscount_are_found():
+    """It counts slots, not tokens: padding within a document shortens the window; between documents it does no harm."""
+    counts = {
+        "between documents": ([0, 1, 1, 0, 0, 2, 2, 0], False),
+        "none": ([1, 1, 1, 2, 2, 2, 3, 3], False),
+        "within the first": ([1, 0, 1, 1, 2, 2, 2, 2], True),
+        "within the last": ([1, 1, 2, 2, 0, 0, 2, 0], True),
+    }
+    for name, (ids, miscounts) in counts.items():
+        query = tokens_of(jnp.asarray([[1] * 8, ids], jnp.int32), (2, 8))
+        assert kernels.splash_miscounts(plan_of(window=2), query) == miscounts, name
+    assert kernels.splash_miscounts(plan_of(), query) is None
+    assert kernels.splash_miscounts(plan_of(window=2, packed=False), query) is None
+    x = [jnp.zeros((1, 128, 1, 8))] * 3
+    for options, why in (
+        ({"chunk": 4}, "counts chunks from the start of the row"),
+        ({"selected_BTN": jnp.zeros((1, 128, 1), jnp.int32)}, "known beforehand"),
+    ):
+        with pytest.raises(NotImplementedError, match=why):
+            attention(*x, segment_ids_BT=jnp.ones((1, 128), jnp.int32), implementation="splash", **options)
+
+
+@pytest.mark.slow
+def test_what_the_tpu_kernel_would_miscount_runs_in_blocks(monkeypatch):
+    """As on a TPU, interpreted: the documents decide at run time; the kernel itself, asked for by name, is wrong."""
+    monkeypatch.setattr(dispatch, "_DENSE", 0)
+    monkeypatch.setitem(dispatch._KERNELS, "splash", dispatch._KERNELS["splash_interpret"])
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, tpu, **_: tpu(*arrays))
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays(B=1, T=128, S=128, H=1, G=1, K=8, V=8))
+    run = jax.jit(functools.partial(attention, window=3), static_argnames="implementation")
+    for ids, wrong in (([1] * 50 + [0] * 8 + [2] * 70, False), ([1] * 50 + [0] * 2 + [1] * 76, True)):
+        ids_BT = jnp.asarray([ids], jnp.int32)
+        expected = run(q, k, v, segment_ids_BT=ids_BT, implementation="dense")
+        np.testing.assert_allclose(run(q, k, v, segment_ids_BT=ids_BT), expected, atol=2e-5)
+        named = run(q, k, v, segment_ids_BT=ids_BT, implementation="splash_interpret")
+        assert (jnp.abs(named - expected).max() > 1e-2) == wrong
 
 
 def test_norms():

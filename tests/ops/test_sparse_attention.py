@@ -8,7 +8,7 @@ import pytest
 from research.ops.attention import attention, tokens_of, visible
 from research.ops.sparse_attention import attend_selected, index_divergence, index_scores, select
 from research.ops.sparse_attention import blocks as query_blocks
-from research.ops.sparse_attention.index import hadamard
+from research.ops.sparse_attention.index import hadamard, round_float8
 
 random = np.random.default_rng(0)
 IDS = np.asarray([[1] * 13 + [2] * 4, [0, 3, 3, 3, 0, 3, 3, 3, 3, 3, 3, 8, 8, 8, 8, 8, 0]], np.int32)
@@ -83,10 +83,29 @@ def test_a_hadamard_turn_changes_no_product():
         hadamard(jnp.ones((2, 6)))
 
 
+def test_float8_has_a_scale_for_each_128_channels():
+    """Against the nearest of all numbers of e4m3, by hand: three bits after the point, powers from -6 to 8, 448 the most."""
+    numbers = [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)][:-1]
+    numbers = np.asarray(sorted({0.0, *numbers, *(m / 8 * 2.0**-6 for m in range(8))}))
+    assert numbers[-1] == 448
+    x = random.normal(size=(3, 300)) * np.repeat([1.0, 100.0, 1e-3], [128, 128, 44])
+    ours = np.asarray(round_float8(jnp.asarray(x, jnp.float32)))
+    for row, rounded in zip(np.float32(x), ours, strict=True):
+        for start in (0, 128, 256):
+            block = row[start : start + 128]
+            scale = 2.0 ** np.ceil(np.log2(np.abs(block).max() / 448))
+            distance = np.abs(np.abs(block[:, None] / scale) - numbers)
+            np.testing.assert_allclose(
+                np.abs(np.abs(block) - np.abs(rounded[start : start + 128])), scale * distance.min(1), atol=1e-12
+            )
+            assert (np.sign(rounded[start : start + 128]) * np.sign(block) >= 0).all()
+    assert (round_float8(jnp.zeros((2, 5))) == 0).all()
+
+
 def test_arguments_that_cannot_be_are_named():
     q, k, v = attention_arrays()
-    with pytest.raises(ValueError, match="form must be 'gathered' or 'masked', got 'mask'"):
-        attend_selected(q, k, v, jnp.zeros((B, T, 1), jnp.int32), form="mask")
+    with pytest.raises(ValueError, match="query heads must be a multiple of key heads, got 3 over 2"):
+        attend_selected(q[:, :, :3], k, v, jnp.zeros((B, T, 1), jnp.int32))
     tokens = tokens_of(None, (B, T))
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         select(q, k[:, :, 0], q[..., 0], tokens, tokens, top_k=0)
@@ -98,7 +117,7 @@ def attention_arrays():
 
 
 def test_attention_reads_the_selected_keys_only(small_blocks):
-    """Both forms, values and gradients, against dense attention whose other scores are masked in float64."""
+    """Gathered, values and gradients, against dense attention whose other scores are masked in float64."""
     q, k, v = attention_arrays()
     tokens = tokens_of(jnp.asarray(IDS), IDS.shape)
     index = select(*indexer(), tokens, tokens, top_k=N)
@@ -114,20 +133,20 @@ def test_attention_reads_the_selected_keys_only(small_blocks):
 
     @jax.jit
     def ours(q, k, v):
-        def call(form, q, k, v):
-            o = attend_selected(q, k, v, index, scale=0.3, form=form)
+        def call(q, k, v):
+            o = attend_selected(q, k, v, index, scale=0.3)
             return jnp.sum(o * weights), o
 
-        return [jax.grad(lambda *x, f=f: call(f, *x), (0, 1, 2), has_aux=True)(q, k, v) for f in ("gathered", "masked")]
+        return jax.grad(call, (0, 1, 2), has_aux=True)(q, k, v)
 
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
         oracle = definition(*wide)[0]
         gradient = jax.grad(lambda *x: definition(*x)[1], (0, 1, 2))(*wide)
-    for slopes, o in ours(q, k, v):
-        np.testing.assert_allclose(o, oracle, atol=2e-6)
-        for a, b in zip(slopes, gradient, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+    slopes, o = ours(q, k, v)
+    np.testing.assert_allclose(o, oracle, atol=2e-6)
+    for a, b in zip(slopes, gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_keys_may_be_the_values_too():
@@ -141,9 +160,9 @@ def test_all_keys_selected_is_attention():
     q, k, v = attention_arrays()
     tokens = tokens_of(jnp.asarray(IDS), IDS.shape)
     index = select(*indexer(), tokens, tokens, top_k=T)
-    for form in ("gathered", "masked"):
-        ours = attend_selected(q, k, v, index, form=form)
-        np.testing.assert_allclose(ours, attention(q, k, v, segment_ids_BT=jnp.asarray(IDS)), atol=2e-6)
+    np.testing.assert_allclose(
+        attend_selected(q, k, v, index), attention(q, k, v, segment_ids_BT=jnp.asarray(IDS)), atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("selected", [False, True])

@@ -7,24 +7,26 @@ documents and places of the tokens, so packed rows, windows and half-empty cache
 import jax
 import jax.numpy as jnp
 
-from research.ops.attention.masks import Tokens, visible
+from research.ops.attention.masks import Tokens, chosen, in_blocks, padded, token_blocks, visible, visits
 from research.ops.explicit_mesh import vary_alike
 
 
-def forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
+def forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN):
     """(o_BTHV, lse_BHT): the output, and the logarithm of every softmax's denominator."""
-    arrays = vary_alike((q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source))
-    q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source = arrays
+    arrays = vary_alike((q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN))
+    q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN = arrays
     B, T, H, _ = q_BTHK.shape
     G, V = v_BSGV.shape[2:]
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     least = jnp.finfo(wide).min
     q_NBGRCK, k_NBGCK, v_NBGCV = _queries(q_BTHK, G, plan.block), _keys(k_BSGK, plan.block), _keys(v_BSGV, plan.block)
-    query, source = _blocks(query, plan.block), _blocks(source, plan.block)
-    order_NN, count_N = _visits(plan, query, source)
+    query, source = token_blocks(query, plan.block), token_blocks(source, plan.block)
+    selected_NBCN = None if selected_BTN is None else in_blocks(selected_BTN, plan.block)
+    order_NN, count_N = visits(query, source, plan.window, plan.chunk, plan.aligned)
 
     def one(_, xs):
-        q_BGRCK, query, order_N, count = xs
+        q_BGRCK, query, selected_BCN, order_N, count = xs
+        chosen_NBCS = _chosen(plan, selected_BCN, len(k_NBGCK))
         top_BGRC = jnp.zeros_like(q_BGRCK[..., 0], wide) + least
         sum_BGRC = jnp.zeros_like(top_BGRC)
         if sinks_H is not None:
@@ -36,6 +38,8 @@ def forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
             top_BGRC, sum_BGRC, o_BGRCV = carry
             n = order_N[i]
             score_BGRCS, mask_BCS, _ = _scores(plan, q_BGRCK, k_NBGCK[n], query, _at(source, n), wide)
+            if chosen_NBCS is not None:
+                mask_BCS &= chosen_NBCS[n]
             score_BGRCS = jnp.where(mask_BCS[:, None, None], score_BGRCS, least)
             new_BGRC = jnp.maximum(top_BGRC, jnp.max(score_BGRCS, axis=-1))
             weight_BGRCS = jnp.exp(score_BGRCS - new_BGRC[..., None])
@@ -48,15 +52,15 @@ def forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
         sum_BGRC = jnp.where(sum_BGRC == 0, 1, sum_BGRC)  # padding that sees no block at all
         return None, ((o_BGRCV / sum_BGRC[..., None]).astype(v_BSGV.dtype), top_BGRC + jnp.log(sum_BGRC))
 
-    _, (o_NBGRCV, lse_NBGRC) = jax.lax.scan(one, None, (q_NBGRCK, query, order_NN, count_N))
+    _, (o_NBGRCV, lse_NBGRC) = jax.lax.scan(one, None, (q_NBGRCK, query, selected_NBCN, order_NN, count_N))
     o_BTHV = jnp.moveaxis(o_NBGRCV, (0, 4), (1, 2)).reshape(B, -1, H, V)[:, :T]
     return o_BTHV, jnp.moveaxis(lse_NBGRC, 0, 3).reshape(B, H, -1)[..., :T]
 
 
-def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_BHT, do_BTHV):
+def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV):
     """Gradients of (q, k, v, sinks): scores are computed again, a block at a time."""
-    arrays = vary_alike((q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_BHT, do_BTHV))
-    q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_BHT, do_BTHV = arrays
+    arrays = vary_alike((q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV))
+    q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV = arrays
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     wide = lse_BHT.dtype
@@ -66,16 +70,20 @@ def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_B
     q_NBGRCK, k_NBGCK, v_NBGCV = _queries(q_BTHK, G, plan.block), _keys(k_BSGK, plan.block), _keys(v_BSGV, plan.block)
     do_NBGRCV = _queries(do_BTHV, G, plan.block)
     lse_NBGRC, mean_NBGRC = (_queries(x, G, plan.block)[..., 0] for x in (lse_BTH1, mean_BTH1))
-    query, source = _blocks(query, plan.block), _blocks(source, plan.block)
-    order_NN, count_N = _visits(plan, query, source)
+    query, source = token_blocks(query, plan.block), token_blocks(source, plan.block)
+    selected_NBCN = None if selected_BTN is None else in_blocks(selected_BTN, plan.block)
+    order_NN, count_N = visits(query, source, plan.window, plan.chunk, plan.aligned)
 
     def one(carry, xs):
-        q_BGRCK, do_BGRCV, lse_BGRC, mean_BGRC, query, order_N, count = xs
+        q_BGRCK, do_BGRCV, lse_BGRC, mean_BGRC, query, selected_BCN, order_N, count = xs
+        chosen_NBCS = _chosen(plan, selected_BCN, len(k_NBGCK))
 
         def visit(i, carry):
             dq_BGRCK, dk_NBGCK, dv_NBGCV = carry
             n = order_N[i]
             score_BGRCS, mask_BCS, slope_BGRCS = _scores(plan, q_BGRCK, k_NBGCK[n], query, _at(source, n), wide)
+            if chosen_NBCS is not None:
+                mask_BCS &= chosen_NBCS[n]
             weight_BGRCS = jnp.where(mask_BCS[:, None, None], jnp.exp(score_BGRCS - lse_BGRC[..., None]), 0)
             dweight_BGRCS = _product("BGRCV,BGSV->BGRCS", do_BGRCV, v_NBGCV[n], wide)
             dscore_BGRCS = weight_BGRCS * (dweight_BGRCS - mean_BGRC[..., None])
@@ -92,7 +100,7 @@ def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_B
         return tuple(carry), dq_BGRCK.astype(q_BTHK.dtype)
 
     zeros = jnp.zeros_like(k_NBGCK, wide), jnp.zeros_like(v_NBGCV, wide)
-    xs = (q_NBGRCK, do_NBGRCV, lse_NBGRC, mean_NBGRC, query, order_NN, count_N)
+    xs = (q_NBGRCK, do_NBGRCV, lse_NBGRC, mean_NBGRC, query, selected_NBCN, order_NN, count_N)
     (dk_NBGCK, dv_NBGCV), dq_NBGRCK = jax.lax.scan(one, zeros, xs)
     dq_BTHK = jnp.moveaxis(dq_NBGRCK, (0, 4), (1, 2)).reshape(B, -1, H, K)[:, :T]
     dk_BSGK = jnp.moveaxis(dk_NBGCK, (0, 3), (1, 2)).reshape(B, -1, G, K)[:, :S].astype(k_BSGK.dtype)
@@ -118,53 +126,27 @@ def _product(equation, a, b, wide):
     return jnp.einsum(equation, a, b, preferred_element_type=wide)
 
 
-def _padded(x, block: int):
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
-
-
 def _queries(x_BTHK, groups: int, block: int):
     """[B, T, H, K] → [N, B, G, R, C, K]: N blocks of C tokens, R heads a key head."""
-    x_BTHK = _padded(x_BTHK, block)
+    x_BTHK = padded(x_BTHK, block)
     B, T, H, K = x_BTHK.shape
     return jnp.moveaxis(x_BTHK.reshape(B, T // block, block, groups, H // groups, K), (1, 2), (0, 4))
 
 
 def _keys(x_BSGK, block: int):
     """[B, S, G, K] → [N, B, G, C, K]."""
-    x_BSGK = _padded(x_BSGK, block)
+    x_BSGK = padded(x_BSGK, block)
     B, S, G, K = x_BSGK.shape
     return jnp.moveaxis(x_BSGK.reshape(B, S // block, block, G, K), (1, 2), (0, 3))
 
 
-def _blocks(tokens: Tokens, block: int) -> Tokens:
-    """Tokens as [N, B, C]; what fills the last block up is padding."""
-    return Tokens(*(jnp.moveaxis(_padded(x, block).reshape(len(x), -1, block), 1, 0) for x in tokens))
+def _chosen(plan, selected_BCN, blocks: int):
+    """[N, B, C, S]: whether each key of each block is among those selected; None where all are."""
+    if selected_BCN is None:
+        return None
+    mask_BCNS = chosen(selected_BCN, blocks * plan.block).reshape(*selected_BCN.shape[:2], blocks, plan.block)
+    return jnp.moveaxis(mask_BCNS, 2, 0)
 
 
 def _at(tokens: Tokens, n) -> Tokens:
     return Tokens(tokens.segment_BT[n], tokens.place_BT[n])
-
-
-def _visits(plan, query: Tokens, source: Tokens):
-    """For each block of queries the blocks of keys it may see, first, and how many they are."""
-    queries, keys = query.segment_BT.shape[0], source.segment_BT.shape[0]
-    (t_segment, t_place), (s_segment, s_place) = _ranges(query), _ranges(source)
-    meet_NNB = (t_segment[0][:, None] <= s_segment[1]) & (s_segment[0] <= t_segment[1][:, None])
-    meet_NNB &= s_place[0] <= t_place[1][:, None]
-    if plan.window is not None:
-        meet_NNB &= s_place[1] > t_place[0][:, None] - plan.window
-    if plan.chunk is not None:
-        meet_NNB &= s_place[1] // plan.chunk >= t_place[0][:, None] // plan.chunk
-    meet_NN = jnp.any(meet_NNB, axis=-1)
-    if plan.aligned:
-        meet_NN &= jnp.arange(keys) <= jnp.arange(queries)[:, None]
-    return jnp.argsort(~meet_NN, axis=1, stable=True), jnp.sum(meet_NN, axis=1, dtype=jnp.int32)
-
-
-def _ranges(tokens: Tokens):
-    """Least and greatest document and place of each block's real tokens; of padding alone, a range that meets none."""
-    real_NBC, most = tokens.segment_BT > 0, jnp.iinfo(jnp.int32).max // 2
-    return tuple(
-        (jnp.min(jnp.where(real_NBC, x, most), axis=-1), jnp.max(jnp.where(real_NBC, x, -most), axis=-1))
-        for x in tokens
-    )

@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from research.ops.attention.masks import visible
+from research.ops.attention.masks import chosen, visible
 
 
-def dense(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
+def dense(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN):
     """(o_BTHV) of scaled queries; differentiable as it stands."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
@@ -15,6 +15,8 @@ def dense(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
     if plan.softcap is not None:
         score_BGRTS = plan.softcap * jnp.tanh(score_BGRTS / plan.softcap)
     mask_BTS = visible(query, source, plan.window, plan.chunk)
+    if selected_BTN is not None:
+        mask_BTS &= chosen(selected_BTN, mask_BTS.shape[-1])
     weight_BGRTS = masked_softmax(score_BGRTS, mask_BTS[:, None, None], sinks_of(sinks_H, G, wide))
     o_BTGRV = jnp.einsum("BGRTS,BSGV->BTGRV", weight_BGRTS.astype(v_BSGV.dtype), v_BSGV)
     return o_BTGRV.reshape(B, T, H, v_BSGV.shape[-1])

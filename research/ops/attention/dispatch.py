@@ -14,6 +14,8 @@ from research.ops.attention.masks import Tokens, tokens_of
 IMPLEMENTATIONS = ("dense", "blocked", "splash", "splash_interpret", "cudnn")
 # Scores per row and head up to which all of them at once are faster than blocks, and few enough queries for any row.
 _DENSE, _FEW = 1 << 18, 8
+# The largest array that says which keys were selected, in bytes.
+_CHOSEN = 1 << 26
 
 
 class Plan(NamedTuple):
@@ -43,6 +45,7 @@ def attention(
     source_segment_ids_BS: Int[Array, "B S"] | None = None,
     places_BT: Int[Array, "B T"] | None = None,
     source_places_BS: Int[Array, "B S"] | None = None,
+    selected_BTN: Int[Array, "B T N"] | None = None,
     implementation: str | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -64,6 +67,8 @@ def attention(
         they are a cache's, and selecting would copy it whole.
       places_BT, source_places_BS: place of each query and key in its document, where they are not the rows themselves: a
         cache's keys are at 0 … S-1 by default, and its queries behind them.
+      selected_BTN: distinct slots of the keys that each query sees of those that it could (at least one of them); a slot of S
+        is none. Scores of the others are still computed: ``research.ops.sparse_attention`` reads these alone.
       implementation: 'dense' (the definition), 'blocked' (XLA in bounded memory), 'splash' (TPU; its window counts slots,
         so documents must be without padding inside), 'splash_interpret', 'cudnn'; never falls back. None takes 'dense' for short calls, else chooses for the platform at lowering time.
       block_size: tokens a block of 'blocked'; None is 512.
@@ -101,8 +106,10 @@ def attention(
     block = min(512 if block_size is None else block_size, 1 << (max(S, T) - 1).bit_length())
     if implementation is None and (T * S <= _DENSE or T <= _FEW):
         implementation = "dense"
+    if selected_BTN is not None:
+        block = min(block, max(64, 1 << (max(1, _CHOSEN // (B * S)).bit_length() - 1)))
     plan = Plan(implementation, window, chunk, softcap, block, aligned, packed)
-    arrays = (q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source)
+    arrays = (q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN)
     o_BTHV: Any = dense(plan, *arrays) if implementation == "dense" else _attend(plan, *arrays)
     return _zero_padding(o_BTHV, query) if packed else o_BTHV
 
@@ -130,13 +137,13 @@ def _forward(plan, *arrays):
 def _backward(plan, residuals, do_BTHV):
     def wrap(kernel):
         # The libraries keep their residuals to themselves: their forward pass runs again.
-        def run(q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, o_BTHV, lse_BHT, do_BTHV):
+        def run(q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV):
             floats = (q_BTHK, k_BSGK, v_BSGV, sinks_H)
-            return jax.vjp(lambda *floats: kernel(plan, *floats, query, source), *floats)[1](do_BTHV)
+            return jax.vjp(lambda *floats: kernel(plan, *floats, query, source, selected_BTN), *floats)[1](do_BTHV)
 
         return run
 
-    return *_choose(plan, (*residuals, do_BTHV), functools.partial(blocked.backward, plan), wrap), None, None
+    return *_choose(plan, (*residuals, do_BTHV), functools.partial(blocked.backward, plan), wrap), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -146,7 +153,7 @@ def _choose(plan, arrays, run_blocked, wrap):
     """``run_blocked(*arrays)``, or ``wrap(kernel)(*arrays)`` with the kernel that the plan or the platform names."""
     if plan.implementation == "blocked":
         return run_blocked(*arrays)
-    call = (plan, *arrays[:6])
+    call = (plan, *arrays[:7])
     if plan.implementation is not None:
         refuse, kernel, _ = _KERNELS[plan.implementation]
         if why := refuse(*call):

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 _LANES = 128
 
 
-def refuse_splash(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source) -> str | None:
+def refuse_splash(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN) -> str | None:
     if not plan.aligned:
         return "splash attention serves rows without a cache"
+    if selected_BTN is not None:
+        return "splash attention's masks are known beforehand"
     if q_BTHK.shape[1] % _LANES:
         return f"splash attention needs T to be a multiple of {_LANES}, got {q_BTHK.shape[1]}"
     if plan.packed and plan.chunk is not None:
@@ -25,7 +27,7 @@ def refuse_splash(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source) -> str |
     return None
 
 
-def splash(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, *, interpret: bool = False):
+def splash(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, *, interpret: bool = False):
     """jax.experimental's splash attention; heads are padded to whole lanes, which changes no score."""
     kernel, segment_class = _make_splash(plan.window, plan.chunk, plan.softcap, *q_BTHK.shape[1:3], interpret)
     heads_first = [jnp.swapaxes(_whole_lanes(x), 1, 2) for x in (q_BTHK, k_BSGK, v_BSGV)]
@@ -78,11 +80,11 @@ def _make_splash(window, chunk, softcap, T, H, interpret):
     return kernel, kernels.SegmentIds
 
 
-def refuse_cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source) -> str | None:
+def refuse_cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN) -> str | None:
     if not plan.aligned or plan.packed:
         return "cuDNN attention serves rows of one document without padding or a cache"
-    if plan.softcap is not None or plan.chunk is not None or sinks_H is not None:
-        return "cuDNN attention has no soft cap, chunks or sinks"
+    if plan.softcap is not None or plan.chunk is not None or sinks_H is not None or selected_BTN is not None:
+        return "cuDNN attention has no soft cap, chunks, sinks or selection"
     if q_BTHK.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN attention needs float16 or bfloat16, got {q_BTHK.dtype}"
     if q_BTHK.shape[-1] != v_BSGV.shape[-1]:
@@ -95,7 +97,7 @@ def refuse_cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source) -> str | 
     return None
 
 
-def cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source):
+def cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN):
     return _cudnn(plan, q_BTHK, k_BSGK, v_BSGV)
 
 

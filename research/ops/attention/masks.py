@@ -46,3 +46,50 @@ def visible(query: Tokens, source: Tokens, window: int | None = None, chunk: int
     if chunk is not None:
         seen_BTS &= s_B1S // chunk == t_BT1 // chunk
     return seen_BTS
+
+
+def chosen(selected_BTN: Int[Array, "B T N"], slots: int) -> Bool[Array, "B T S"]:
+    """Whether each of ``slots`` keys is among a query's; a slot past the last is none."""
+    B, T, _ = selected_BTN.shape
+    rows_B11, queries_1T1 = jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None]
+    return jnp.zeros((B, T, slots), bool).at[rows_B11, queries_1T1, selected_BTN].set(True, mode="drop")
+
+
+def padded(x_BT: Array, block: int) -> Array:
+    """[B, T, …] to whole blocks, with zeros."""
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % block)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
+def in_blocks(x_BT: Array, block: int) -> Array:
+    """[B, T, …] → [N, B, C, …]."""
+    return jnp.moveaxis(padded(x_BT, block).reshape(len(x_BT), -1, block, *x_BT.shape[2:]), 1, 0)
+
+
+def token_blocks(tokens: Tokens, block: int) -> Tokens:
+    """Tokens as [N, B, C]; what fills the last block up is padding."""
+    return Tokens(*(in_blocks(x, block) for x in tokens))
+
+
+def visits(query: Tokens, source: Tokens, window: int | None = None, chunk: int | None = None, aligned: bool = False):
+    """For each block of queries the blocks of keys it may see, first and in order, and how many they are (``token_blocks``)."""
+    queries, keys = query.segment_BT.shape[0], source.segment_BT.shape[0]
+    (t_segment, t_place), (s_segment, s_place) = _ranges(query), _ranges(source)
+    meet_NNB = (t_segment[0][:, None] <= s_segment[1]) & (s_segment[0] <= t_segment[1][:, None])
+    meet_NNB &= s_place[0] <= t_place[1][:, None]
+    if window is not None:
+        meet_NNB &= s_place[1] > t_place[0][:, None] - window
+    if chunk is not None:
+        meet_NNB &= s_place[1] // chunk >= t_place[0][:, None] // chunk
+    meet_NN = jnp.any(meet_NNB, axis=-1)
+    if aligned:
+        meet_NN &= jnp.arange(keys) <= jnp.arange(queries)[:, None]
+    return jnp.argsort(~meet_NN, axis=1, stable=True), jnp.sum(meet_NN, axis=1, dtype=jnp.int32)
+
+
+def _ranges(tokens: Tokens):
+    """Least and greatest document and place of each block's real tokens; of padding alone, a range that meets none."""
+    real_NBC, most = tokens.segment_BT > 0, jnp.iinfo(jnp.int32).max // 2
+    return tuple(
+        (jnp.min(jnp.where(real_NBC, x, most), axis=-1), jnp.max(jnp.where(real_NBC, x, -most), axis=-1))
+        for x in tokens
+    )

@@ -55,10 +55,7 @@ def index_divergence(
             score_BCN = index_scores(index_q_BCHK, index_k_BSK, w_BCH)
         else:
             mask_BCN = (index_BCN < S) & (query.segment_BT > 0)[..., None]
-            key_BCNK = gather(index_k_BSK, index_BCN)
-            wide = jnp.promote_types(index_q_BCHK.dtype, jnp.float32)
-            product_BCHN = jnp.einsum("BCHK,BCNK->BCHN", index_q_BCHK, key_BCNK, preferred_element_type=wide)
-            score_BCN = jnp.einsum("BCHN,BCH->BCN", jax.nn.relu(product_BCHN), w_BCH.astype(wide))
+            score_BCN = index_scores(index_q_BCHK, gather(index_k_BSK, index_BCN), w_BCH)
         keys = k_BSGK if index_BCN is None else gather(k_BSGK, index_BCN)
         attention_BCHN = masked_softmax(scores(q_BCHK, keys), mask_BCN[:, :, None])
         p_BCN = jax.lax.stop_gradient(jnp.where(mask_BCN, jnp.mean(attention_BCHN, axis=2), 0))

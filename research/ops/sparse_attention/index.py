@@ -18,7 +18,7 @@ _BLOCK, _MOST = 128, 448.0
 
 def index_scores(
     q_BTHK: Float[Array, "B T H K"],
-    k_BSK: Float[Array, "B S K"],
+    k_BSK: Float[Array, "B S K"] | Float[Array, "B T S K"],
     w_BTH: Float[Array, "B T H"],
     *,
     precision: str = "float32",
@@ -26,6 +26,7 @@ def index_scores(
     """``I_ts = Σ_h w_th · ReLU(q_th · k_s)`` (DeepSeek-V3.2-Exp, eq. 1): one key head, weights of either sign; float32 or wider.
 
     Args:
+      k_BSK: keys that all queries meet, or with an axis T those of each query's own.
       precision: of the products' factors; sums are float32. 'float8' turns both by a Hadamard matrix (which changes no
         product) and rounds to e4m3 with one power of two as the scale of each 128 channels.
 
@@ -39,7 +40,8 @@ def index_scores(
         q_BTHK, k_BSK = round_float8(hadamard(q_BTHK)), round_float8(hadamard(k_BSK))
     elif precision != "float32":
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    product_BTHS = jnp.einsum("BTHK,BSK->BTHS", q_BTHK, k_BSK, preferred_element_type=wide)
+    equation = "BTHK,BSK->BTHS" if k_BSK.ndim == 3 else "BTHK,BTSK->BTHS"
+    product_BTHS = jnp.einsum(equation, q_BTHK, k_BSK, preferred_element_type=wide)
     return jnp.einsum("BTHS,BTH->BTS", jax.nn.relu(product_BTHS), w_BTH.astype(wide))
 
 
@@ -99,7 +101,9 @@ def round_float8(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     K = x.shape[-1]
     blocks = jnp.pad(x.astype(wide), [(0, 0)] * (x.ndim - 1) + [(0, -K % _BLOCK)]).reshape(*x.shape[:-1], -1, _BLOCK)
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
-    scale = jnp.exp2(jnp.ceil(jnp.log2(largest / _MOST)))
+    # From the bits: exp2 and log2 are off by a rounding or two, and the scale would be no power of two.
+    fraction, exponent = jnp.frexp(largest / _MOST)
+    scale = jnp.ldexp(jnp.ones_like(largest), exponent - (fraction == 0.5))
     rounded = (blocks / scale).astype(_FLOAT8).astype(wide) * scale
     return rounded.reshape(*x.shape[:-1], -1)[..., :K]
 
