@@ -4,13 +4,15 @@ The task: eight clusters of inputs, each with a linear map of its own, y = A_c z
 just wide enough for one map. The common mean is what makes it collapse (hidden states of real networks have one): at first
 it decides every token's route alike, the experts so chosen learn, their weights grow, and the others never see a token.
 
-    python -m experiments.lecture.collapse [--steps N] [--json]     about three minutes on two cores
+    python -m experiments.lecture.collapse [--steps N] [--json]     about five minutes on two cores
 
-Expected (benchmarks/results/cpu/collapse.json, 1,000 steps): without balancing two of eight experts take everything and the
-error stays at 0.76. The Switch and sequence losses, both biases and what balances by construction keep every expert in use.
-The device and communication losses level four devices, not the experts on one: they leave two unused, which is why DeepSeek
-adds an expert loss to them. The CV² losses of importance and load level what is used, but have no gradient left for an expert
-that nobody has visited for long: one to three stay dead.
+Expected (benchmarks/results/cpu/collapse.json, 1,000 steps): without balancing every router leaves four to seven of
+eight experts unused, at 1.2 to 4.3 times the error of what keeps them all in use. The Switch and sequence losses,
+DeepSeek's expert, device and communication losses together, V-MoE's importance loss (with its load loss or without),
+both biases and what balances by construction keep every expert in use. The device and communication losses alone level
+four devices, not the experts on one: they leave two unused. Shazeer's importance loss, of the weights of what was
+chosen, and the load loss level what is used, but have no gradient left for an expert that nobody has visited for long:
+one to three stay dead, and the two together don't recover them all.
 """
 
 import argparse
@@ -42,20 +44,57 @@ EXPERTS, DEVICES, WIDTH, ROWS, LENGTH = 8, 4, 16, 8, 32
 _PLAIN = functools.partial(
     MoEConfig, experts=EXPERTS, per_token=2, hidden=WIDTH, shared_hidden=0, balance_loss=0.0, z_loss=0.0
 )
-BALANCERS = {
-    "none": _PLAIN(),
-    "switch loss": _PLAIN(balance_loss=0.1),
-    "sequence loss": _PLAIN(sequence_loss=0.1),
-    "device loss": _PLAIN(device_loss=0.1, groups=DEVICES),
-    "communication loss": _PLAIN(communication_loss=0.1, groups=DEVICES, router=TopKRouter(top_groups=2)),
-    "importance loss": _PLAIN(importance_loss=1.0, router=TopKRouter(renormalise=False)),
-    "load loss": _PLAIN(load_loss=2.0, router=NoisyTopKRouter()),
-    "importance and load": _PLAIN(importance_loss=2.0, load_loss=2.0, router=NoisyTopKRouter()),
-    "loss-free bias": _PLAIN(router=TopKRouter("sigmoid"), bias_rate=0.02),
-    "quantile bias": _PLAIN(router=TopKRouter("sigmoid"), quantile_bias=True),
-    "sinkhorn": _PLAIN(router=SinkhornRouter("sigmoid", scope="batch")),
-    "base": _PLAIN(per_token=1, router=BASERouter(epsilon=0.2, scope="batch")),
-    "expert choice": _PLAIN(router=ExpertChoiceRouter(scope="batch")),
+# By router, each with a control that nothing balances.
+_SUM, _DEVICES = TopKRouter(renormalise=False), TopKRouter(top_groups=2)
+_LEARNED, _FIXED = NoisyTopKRouter(), NoisyTopKRouter(sigma=1 / EXPERTS, score="softmax")
+RUNS = {
+    "softmax": {
+        "none": _PLAIN(),
+        "switch loss": _PLAIN(balance_loss=0.1),
+        "sequence loss": _PLAIN(sequence_loss=0.1),
+        "device loss": _PLAIN(device_loss=0.1, groups=DEVICES),
+    },
+    "softmax, two devices of four": {
+        "none": _PLAIN(groups=DEVICES, router=_DEVICES),
+        "communication loss": _PLAIN(communication_loss=0.1, groups=DEVICES, router=_DEVICES),
+        "expert, device and communication losses": _PLAIN(
+            balance_loss=0.1, device_loss=0.1, communication_loss=0.1, groups=DEVICES, router=_DEVICES
+        ),
+    },
+    "softmax, not renormalised": {
+        "none": _PLAIN(router=_SUM),
+        "importance loss of weights": _PLAIN(importance_loss=1.0, router=_SUM),
+        "importance loss of probabilities": _PLAIN(importance_loss=0.3, importance_of="probabilities", router=_SUM),
+        "expert choice": _PLAIN(router=ExpertChoiceRouter(scope="batch")),
+    },
+    "learned noise (Shazeer)": {
+        "none": _PLAIN(router=_LEARNED),
+        "load loss": _PLAIN(load_loss=2.0, router=_LEARNED),
+        "importance and load losses": _PLAIN(importance_loss=2.0, load_loss=2.0, router=_LEARNED),
+        "importance loss of probabilities, load loss": _PLAIN(
+            importance_loss=1.0, importance_of="probabilities", load_loss=1.0, router=_LEARNED
+        ),
+    },
+    "fixed noise (V-MoE)": {
+        "none": _PLAIN(router=_FIXED),
+        "load loss": _PLAIN(load_loss=0.1, router=_FIXED),
+        "importance loss of probabilities, load loss": _PLAIN(
+            importance_loss=1.0, importance_of="probabilities", load_loss=1.0, router=_FIXED
+        ),
+    },
+    "sigmoid": {
+        "none": _PLAIN(router=TopKRouter("sigmoid")),
+        "loss-free bias": _PLAIN(router=TopKRouter("sigmoid"), bias_rate=0.02),
+        "quantile bias": _PLAIN(router=TopKRouter("sigmoid"), quantile_bias=True),
+    },
+    "sigmoid, not renormalised": {
+        "none": _PLAIN(router=TopKRouter("sigmoid", renormalise=False)),
+        "sinkhorn": _PLAIN(router=SinkhornRouter("sigmoid", scope="batch")),
+    },
+    "sigmoid, one expert": {
+        "none": _PLAIN(per_token=1, router=TopKRouter("sigmoid", renormalise=False)),
+        "base": _PLAIN(per_token=1, router=BASERouter(epsilon=0.2, scope="batch")),
+    },
 }
 
 
@@ -64,26 +103,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each run (1000)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options: argparse.Namespace = parser.parse_args(argv)
-    results = {name: run(config, options.steps) for name, config in BALANCERS.items()}
+    results = {
+        router: {name: run(config, options.steps) for name, config in balancers.items()}
+        for router, balancers in RUNS.items()
+    }
     if options.json:
         about = circumstances(f"python -m experiments.lecture.collapse --json --steps {options.steps}")
         print(json.dumps({**about, "steps": options.steps, "results": results}, indent=2))
         return 0
-    rows = [("balancer", "error", "MaxVio", "of devices", "dead")]
+    rows = [("router", "balanced by", "error", "MaxVio", "of devices", "dead")]
     rows += [
         (
+            router if name == "none" else "",
             name,
             f"{r['error']:.3f}",
             f"{r['max_violation']:.2f}",
             f"{r['device_violation']:.2f}",
             f"{r['dead_experts']}/{EXPERTS}",
         )
-        for name, r in results.items()
+        for router, balancers in results.items()
+        for name, r in balancers.items()
     ]
     print(
         "error: squared, as a share of guessing zero; MaxVio: the busiest expert (or device of two) over its share, minus 1\n"
     )
-    print("\n".join("  ".join(cell.ljust(20) for cell in row).rstrip() for row in rows))
+    print(cli.table(rows))
     return 0
 
 

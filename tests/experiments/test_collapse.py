@@ -1,36 +1,50 @@
-"""Experts collapse without balancing, and recover with each balancer (the lecture's claim, run)."""
+"""Experts collapse without balancing, whatever the router, and recover with each balancer (the lecture's claim, run)."""
 
 import functools
+import json
+import pathlib
 
 import pytest
 
-from experiments.lecture.collapse import BALANCERS, EXPERTS, run
+from experiments.lecture import collapse
+from experiments.lecture.collapse import EXPERTS, RUNS, run
 
-# A loss or a bias needs longer than what balances by construction.
-CONSTRUCTED = ("sinkhorn", "base", "expert choice")
-STEPS = {name: 600 if name in CONSTRUCTED else 1000 for name in BALANCERS}
-# These level devices, or have no gradient for an expert that nobody visits: fewer experts die, not none.
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# These level devices and no experts; DeepSeek uses them beside an expert loss, which is a run of its own.
 DEVICES = ("device loss", "communication loss")
-PARTLY = ("importance loss", "load loss", "importance and load", *DEVICES)
+# These have no gradient for an expert that nobody visits: fewer die, not none.
+PARTLY = ("importance loss of weights", "load loss", "importance and load losses", *DEVICES)
+CASES = [(router, name) for router, balancers in RUNS.items() for name in balancers if name != "none"]
+
+
+def check(name, balanced, before):
+    assert before["dead_experts"] >= EXPERTS // 2 and before["max_violation"] > 2
+    assert balanced["error"] < (0.9 if name in PARTLY else 0.85) * before["error"]
+    if name in PARTLY:
+        assert balanced["dead_experts"] < before["dead_experts"]
+    else:
+        assert balanced["dead_experts"] == 0 and balanced["max_violation"] < 1
+    if name in DEVICES:
+        assert balanced["device_violation"] < 0.3 < before["device_violation"]
 
 
 @functools.cache
-def collapsed(steps):
-    return run(BALANCERS["none"], steps)
+def ran(router, name):
+    return run(RUNS[router][name], 1000)
 
 
 @pytest.mark.slow
-def test_nothing_balances_by_itself():
-    assert collapsed(600)["dead_experts"] >= EXPERTS // 2 and collapsed(600)["max_violation"] > 2
+@pytest.mark.parametrize(("router", "name"), CASES)
+def test_every_balancer_keeps_experts_in_use(router, name):
+    check(name, ran(router, name), ran(router, "none"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BALANCERS if name != "none"])
-def test_every_balancer_keeps_experts_in_use(name):
-    balanced, before = run(BALANCERS[name], STEPS[name]), collapsed(STEPS[name])
-    assert balanced["error"] < 0.8 * before["error"]
-    assert balanced["dead_experts"] <= (before["dead_experts"] // 2 if name in PARTLY else 0)
-    if name in DEVICES:
-        assert balanced["device_violation"] < 0.3 < before["device_violation"]
-    else:
-        assert balanced["max_violation"] < 1
+@pytest.mark.parametrize(("router", "name"), CASES)
+def test_what_was_measured(router, name):
+    """The committed result has every run, and is what the docstring says it is."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "collapse.json").read_text())
+    assert {key: list(runs) for key, runs in result["results"].items()} == {
+        key: list(runs) for key, runs in RUNS.items()
+    }
+    check(name, *(result["results"][router][run] for run in (name, "none")))
+    assert f"{result['steps']:,} steps" in str(collapse.__doc__)
