@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+import configs
 from experiments import cli, convert, train
 from research.layers.mlp import MLPConfig
 from research.training.runs import load_for_inference
@@ -54,14 +55,37 @@ def test_bad_input_is_a_sentence(g, tmp_path, capsys):
     assert cli.call(convert.main, ["--to-huggingface", str(tmp_path / "hub"), str(tmp_path / "out")]) == 2
 
 
+PRESET = '''"""The published model's dimensions, and texts for its tokenizer."""
+import json
+from pathlib import Path
+from research.data.pipeline import DataConfig, TextFiles, TokenizerJson
+from research.models.families import model_config
+from research.training.config import ExperimentConfig
+from research.training.optimizers import OptimizerConfig
+
+HERE = Path(__file__).parent
+CONFIG = ExperimentConfig(
+    model_config(json.loads((HERE / "hub" / "config.json").read_text())),
+    DataConfig(TextFiles((f"{HERE}/*.txt",)), TokenizerJson(f"{HERE}/hub/tokenizer.json"), 16, 8, held_out_bytes=0),
+    OptimizerConfig(),
+)
+'''
+
+
 @pytest.mark.slow
-def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys):
+def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys, monkeypatch):
     source, dense, experts = tmp_path / "hub", tmp_path / "dense", tmp_path / "experts"
     write_checkpoint(source, g.hub, g.tensors)
+    words = {word: i for i, word in enumerate(("<end>", "in", "the", "beginning", "was", "a", "word"))}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     assert cli.call(convert.main, [str(source), str(dense)]) == 0
     name = next(b.name for b in load_for_inference(dense).config.model.branches if isinstance(b.mixer, MLPConfig))
     assert cli.call(convert.main, ["--upcycle", name, "--copies", "2", str(dense), str(experts)]) == 0
-    assert f"mixer=MoEConfig model.branches.{name}.mixer.experts=2" in capsys.readouterr().out
+    told = re.search(r"data of its tokenizer and:\n  (model.*)\n", capsys.readouterr().out)[1].split()
+    assert told[:2] == [f"model.branches.{name}.mixer=MoEConfig", f"model.branches.{name}.mixer.experts=2"]
     tokens_BT = jnp.asarray(g.documents[0][None])
     models = [load_for_inference(run).model for run in (dense, experts)]
     one, many = (jax.jit(lambda model: model(tokens_BT).logits_BTV)(model) for model in models)
@@ -73,6 +97,28 @@ def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys):
     both = ["--upcycle", name, "--to-huggingface", str(dense), str(tmp_path / "none")]
     assert cli.call(convert.main, both) == 2
     assert "--to-huggingface and --upcycle are two conversions" in capsys.readouterr().err
+    # With a configuration and texts it trains on from there.
+    (tmp_path / "published.py").write_text(PRESET)
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(" ".join(["in the beginning was a word"] * (40 + number)))
+    monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
+    monkeypatch.setattr(cli, "keep_compiled", lambda folder: None)
+    run = tmp_path / "run"
+    assert cli.call(train.main, ["published", *told, "train.steps=2", "--workdir", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"starting from {experts}" in said
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (
+        cli.call(
+            train.main, ["published", f"train.start_from={dense}", "train.steps=1", "--workdir", str(tmp_path / "same")]
+        )
+        == 0
+    )
+    first = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for folder in (run, tmp_path / "same")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
 @pytest.mark.slow
