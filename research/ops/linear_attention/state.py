@@ -36,12 +36,7 @@ class Chunk(NamedTuple):
 def states(chunk: Chunk, v_JMCV, beta_JMC, S_MKV):
     """Walk the chunks forward: (u_JMCV, U_JMCV or None, the J states before each chunk, the state after the last)."""
     if chunk.X is None:
-
-        def write(S_MKV, x):
-            k_out, Z, u = x
-            return _fade(Z, S_MKV) + tn(k_out, u), S_MKV
-
-        S_MKV, S_JMKV = jax.lax.scan(write, S_MKV, (chunk.k_out, chunk.Z, v_JMCV), unroll=_unroll(v_JMCV))
+        S_MKV, S_JMKV = _additive(chunk.Z, tn(chunk.k_out, v_JMCV), S_MKV)
         return v_JMCV, None, S_JMKV, S_MKV
 
     def body(S_MKV, x):
@@ -53,6 +48,21 @@ def states(chunk: Chunk, v_JMCV, beta_JMC, S_MKV):
     xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, v_JMCV, beta_JMC)
     S_MKV, (u_JMCV, U_JMCV, S_JMKV) = jax.lax.scan(body, S_MKV, xs, unroll=_unroll(v_JMCV))
     return u_JMCV, U_JMCV, S_JMKV, S_MKV
+
+
+def states_again(chunk: Chunk, v_JMCV, beta_JMC, S_IMKV):
+    """(u_JMCV, U_JMCV or None, S_JMKV) of chunks whose states are known at every (J / I)th: those go through together."""
+    I, J, M = S_IMKV.shape[0], *v_JMCV.shape[:2]
+
+    def apart(x):
+        return jnp.swapaxes(x.reshape(I, J // I, *x.shape[1:]), 0, 1).reshape(J // I, I * M, *x.shape[2:])
+
+    def together(x):
+        return jnp.swapaxes(x.reshape(J // I, I, M, *x.shape[2:]), 0, 1).reshape(J, M, *x.shape[2:])
+
+    chunk, v, beta = jax.tree.map(apart, (chunk, v_JMCV, beta_JMC))
+    u, U, S, _ = states(chunk, v, beta, S_IMKV.reshape(I * M, *S_IMKV.shape[2:]))
+    return jax.tree.map(together, (u, U, S))
 
 
 def read(chunk: Chunk, u_JMCV, S_JMKV):
@@ -79,18 +89,17 @@ def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
 
     def body(dS_MKV, x):
         k_in, k_out, X, Z, beta, du, qdo = x
-        du = du + nn(k_out, dS_MKV)
-        before_MKV = _fade(Z, dS_MKV) + qdo
-        if X is None:
-            return before_MKV, (du, None, dS_MKV)
-        dR = tn(X, du)
+        dR = tn(X, du + nn(k_out, dS_MKV))
         dv = beta[..., None] * dR
-        return before_MKV - tn(k_in, dv), (dv, dR, dS_MKV)
+        return _fade(Z, dS_MKV) + qdo - tn(k_in, dv), (dv, dR, dS_MKV)
 
-    xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, beta_JMC, du_JMCV, qdo_JMKV)
-    dS_MKV, (dv_JMCV, dR_JMCV, dS_JMKV) = jax.lax.scan(body, dS_MKV, xs, reverse=True, unroll=_unroll(do_JMCV))
     dA = dk_in = dbeta = dZ = None
-    if chunk.X is not None:
+    if chunk.X is None:
+        dS_MKV, dS_JMKV = _additive(chunk.Z, qdo_JMKV, dS_MKV, reverse=True)
+        dv_JMCV = du_JMCV + nn(chunk.k_out, dS_JMKV)
+    else:
+        xs = (chunk.k_in, chunk.k_out, chunk.X, chunk.Z, beta_JMC, du_JMCV, qdo_JMKV)
+        dS_MKV, (dv_JMCV, dR_JMCV, dS_JMKV) = jax.lax.scan(body, dS_MKV, xs, reverse=True, unroll=_unroll(do_JMCV))
         dA = -nt(dR_JMCV, u_JMCV)
         dk_in = -nt(dv_JMCV, S_JMKV)
         # dβ = dR · (U − Σ_j kk_ij u_j), and that bracket is u / β: with correlated keys the sum cancels and the quotient
@@ -103,6 +112,16 @@ def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
         dZ = jnp.sum(S_JMKV * dS_JMKV, axis=-1)
     gradient = ChunkGradient(nt(do_JMCV, u_JMCV), dA, nt(do_JMCV, S_JMKV), dk_in, nt(u_JMCV, dS_JMKV), dZ)
     return gradient, dv_JMCV, dbeta, dS_MKV
+
+
+def _additive(Z_J, write_JMKV, S_MKV, reverse=False):
+    """S ← Z S + write, chunk after chunk: (the state after the last, the states before each)."""
+
+    def body(S_MKV, x):
+        Z, write_MKV = x
+        return _fade(Z, S_MKV) + write_MKV, S_MKV
+
+    return jax.lax.scan(body, S_MKV, (Z_J, write_JMKV), reverse=reverse, unroll=_unroll(write_JMKV))
 
 
 def _unroll(x_JMC):
