@@ -97,3 +97,17 @@ def test_a_row_does_not_depend_on_its_batch(name):
     rows = np.array([1])
     alone = as_shipped(pick(x, rows), pick(cotangents, rows), ROWS[rows])
     jax.tree.map(np.testing.assert_array_equal, alone, pick(whole, rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lightning", "mamba2", "gla", "gated_deltanet", "kda"])
+def test_a_row_does_not_depend_on_a_large_batch(name):
+    """So large that other work is shared out among threads, and other chunks go through together, than for the row alone."""
+    x, cotangents = make(2, 32, 130, 2, 2, 64, 64, *MECHANISMS[name])
+    rows_BT = np.ones((32, 130), np.int32)
+    whole = as_shipped(x, cotangents, rows_BT)
+    pick = lambda tree: jax.tree.map(lambda a: a[3:4] if a.shape[0] == 32 else a, tree)  # noqa: E731
+    alone = as_shipped(pick(x), pick(cotangents), rows_BT[3:4])
+    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
+        if theirs.shape[0] == 32:  # what is not summed over the batch
+            np.testing.assert_array_equal(ours, theirs[3:4])

@@ -18,7 +18,7 @@ import numpy as np
 from research.axes import Array
 from research.ops.linear_attention.solve import unit_lower_inverse
 from research.ops.linear_attention.spans import ERASE
-from research.ops.linear_attention.state import Chunk, ChunkGradient, nn, nt
+from research.ops.linear_attention.state import Chunk, ChunkGradient, nn, nt, total
 
 
 class Inside(NamedTuple):
@@ -44,7 +44,7 @@ def prepare(q_JNCK, k_JNCK, g_JMCK, beta_JMC, rows, X_JMCC=None) -> tuple[Chunk,
     F = jnp.exp(sums).reshape(J, rows, L + 2, C, K)
     # Not eye * (q kᵀ): XLA:CPU (jax 0.11.2) fuses that product, with k broadcast to value heads, into P u, and at C = 64 the
     # fused kernel is wrong.
-    P = jnp.where(np.eye(C, dtype=bool), jnp.sum(q * k, axis=-1)[..., None], 0)
+    P = jnp.where(np.eye(C, dtype=bool), total(q * k)[..., None], 0)
     kk = faded = cols = None
     if L:
         cols = k[:, :, None] * F[:, :, :L]
@@ -82,7 +82,7 @@ def backward(q_JNCK, k_JNCK, g_JMCK, beta_JMC, chunk: Chunk, inside: Inside, d: 
     dk = hk_z + diagonal * q
     d_a = hq_a * q
     if beta_JMC is not None:
-        dbeta = jnp.sum(d.A * inside.kk, axis=-1)
+        dbeta = total(d.A * inside.kk)
         hk_a = a * d.k_in
         dk = dk + hk_a
         d_a = d_a + hk_a * k

@@ -105,11 +105,11 @@ def backward(chunk: Chunk, u_JMCV, U_JMCV, beta_JMC, S_JMKV, do_JMCV, dS_MKV):
         # dβ = dR · (U − Σ_j kk_ij u_j), and that bracket is u / β: with correlated keys the sum cancels and the quotient
         # does not, but the quotient wants a β to divide by.
         usable = jnp.abs(beta_JMC) > 1e-3
-        quotient = jnp.sum(dR_JMCV * u_JMCV, axis=-1) / jnp.where(usable, beta_JMC, 1)
-        direct = jnp.sum(dR_JMCV * U_JMCV, axis=-1)
+        quotient = total(dR_JMCV * u_JMCV) / jnp.where(usable, beta_JMC, 1)
+        direct = total(dR_JMCV * U_JMCV)
         dbeta = lambda of_A: jnp.where(usable, quotient, direct + of_A)  # noqa: E731
     if chunk.Z is not None:
-        dZ = jnp.sum(S_JMKV * dS_JMKV, axis=-1)
+        dZ = total(S_JMKV * dS_JMKV)
     gradient = ChunkGradient(nt(do_JMCV, u_JMCV), dA, nt(do_JMCV, S_JMKV), dk_in, nt(u_JMCV, dS_JMKV), dZ)
     return gradient, dv_JMCV, dbeta, dS_MKV
 
@@ -131,6 +131,17 @@ def _unroll(x_JMC):
 
 def _fade(Z, S_MKV):
     return S_MKV if Z is None else Z * S_MKV
+
+
+def total(x):
+    """The sum over the last axis, in an order that depends on its length alone. XLA:CPU's own order depends on the other axes
+    too, and a row's last bits would depend on its batch."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        tail = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        x = jnp.concatenate([x, tail], axis=-1) if tail.shape[-1] else x
+    return x[..., 0]
 
 
 def _product(equation, x, y):

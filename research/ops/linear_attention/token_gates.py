@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from research.axes import Array
 from research.ops.linear_attention.solve import unit_lower_inverse
 from research.ops.linear_attention.spans import ERASE
-from research.ops.linear_attention.state import Chunk, ChunkGradient, gram, nn, nt
+from research.ops.linear_attention.state import Chunk, ChunkGradient, gram, nn, nt, total
 
 
 class Inside(NamedTuple):
@@ -69,19 +69,19 @@ def backward(q_JNCK, k_JNCK, g_JMC, beta_JMC, chunk: Chunk, inside: Inside, d: C
         beta = beta_JMC[..., None]
         dA = d.A * jnp.tril(lower_CC, -1)
         dA_kk = dA * inside.kk
-        dbeta = jnp.sum(dA_kk, axis=-1)
+        dbeta = total(dA_kk)
         W = _sum(beta * dA * inside.E, r)
         dk_N = dk_N + nn(W + jnp.swapaxes(W, 2, 3), k_JNCK)
         dk = dk + _scale(inside.a, d.k_in)
     if g_JMC is not None:
         # dg_l: over every span that holds l, factor times its cotangent: in Q for E, c for a, e for z, f for Z.
         Q = d.P * inside.P
-        c = jnp.sum(chunk.q_in * d.q_in, axis=-1)
-        e = jnp.sum(chunk.k_out * d.k_out, axis=-1)
-        f = chunk.Z[..., 0, 0] * jnp.sum(d.Z, axis=-1)
+        c = total(chunk.q_in * d.q_in)
+        e = total(chunk.k_out * d.k_out)
+        f = chunk.Z[..., 0, 0] * total(d.Z)
         if beta_JMC is not None:
             Q = Q + beta_JMC[..., None] * dA_kk
-            c = c + jnp.sum(chunk.k_in * d.k_in, axis=-1)
+            c = c + total(chunk.k_in * d.k_in)
         last_C = jnp.arange(C) == C - 1
         Q = Q + jnp.where(last_C[:, None], e[..., None, :], 0)
         c = c + jnp.where(last_C, f[..., None], 0)
