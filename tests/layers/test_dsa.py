@@ -70,6 +70,43 @@ def test_a_cache_continues_at_any_split(prefill):
         chex.assert_trees_all_close(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
 
 
+def training(stage, prefill, length):
+    """The gradient of both losses, and what it is called with: shapes alone."""
+    # Named, so that no kernel for TPUs is made for the warm-up: that looks at all T² places.
+    config = dataclasses.replace(SMALL, stage=stage, prefill=prefill, top_k=64, implementation="blocked")
+    layer = jax.eval_shape(lambda: config.build(D, depth=1, rngs=nnx.Rngs(params=0), param_dtype=jnp.float32))
+
+    def loss(layer, x_BTD):
+        y_BTD, _, statistics = layer(x_BTD, None, Context(jnp.arange(length)[None], deterministic=False))
+        return jnp.sum(jnp.sin(y_BTD)) + layer.config.losses(statistics)["index_loss"]
+
+    return jax.jit(jax.grad(loss, (0, 1))), (layer, jax.ShapeDtypeStruct((1, length, D), jnp.float32))
+
+
+def sizes(jaxpr):
+    """Elements of every array that a program makes, those of the programs in it included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(parameter, "eqns"):
+                yield from sizes(parameter)
+
+
+FORMS = [("sparse", "masked"), ("sparse", "gathered"), ("warm_up", None)]
+
+
+@pytest.mark.parametrize(("stage", "prefill"), FORMS)
+def test_training_makes_no_square_array(stage, prefill):
+    """The largest array of prefill, divergence and both gradients at T = 32K and 128K: twice a length is twice an array."""
+    lengths = 1 << 15, 1 << 17
+    largest = []
+    for length in lengths:
+        function, arguments = training(stage, prefill, length)
+        largest.append(max(sizes(function.trace(*arguments).jaxpr)))
+    assert largest[0] < lengths[0] ** 2 / 16
+    assert largest[1] <= 4 * largest[0]
+
+
 def test_sparse_is_not_dense():
     x = inputs()
     sparse, dense = (call(layer_of(dataclasses.replace(SMALL, top_k=k)), *x)[0] for k in (4, T))
