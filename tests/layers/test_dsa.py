@@ -107,6 +107,16 @@ def test_training_makes_no_square_array(stage, prefill):
     assert largest[1] <= 4 * largest[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "prefill"), FORMS)
+def test_training_on_a_long_row_fits(stage, prefill):
+    """Compiled for real, not run: the whole of its memory is an eighth of one float32 array of T·T."""
+    length = 1 << 15
+    function, arguments = training(stage, prefill, length)
+    memory = function.lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * length**2 / 8
+
+
 def test_sparse_is_not_dense():
     x = inputs()
     sparse, dense = (call(layer_of(dataclasses.replace(SMALL, top_k=k)), *x)[0] for k in (4, T))
