@@ -3,17 +3,33 @@
 import math
 import operator
 from collections.abc import Iterable, Iterator
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import jax
 import numpy as np
 
-from research.inference.decoding import BLOCK, decode, prefill
+from research.inference.decoding import BLOCK, Drawn, decode, prefill
 from research.inference.sampling import Sampling, check_whole, make_sampling
 from research.models.language_model import LanguageModel
 from research.sharding.mesh import BATCH
 
 Ids = Iterable[SupportsIndex]
+
+
+class Continuation(NamedTuple):
+    """New ids, and for each its natural log-probability and the likeliest ids in its place with theirs.
+
+    They are the model's own, of the distribution before temperature and filters (at temperature 0 too).
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+    def extend(self, more: "Continuation") -> None:
+        self.ids.extend(more.ids)
+        self.logprobs.extend(more.logprobs)
+        self.top.extend(more.top)
 
 
 def generate(
@@ -76,6 +92,65 @@ def stream(
     Raises:
       ValueError: as ``generate``; and ``block`` less than 1 or more than ``decoding.BLOCK``.
     """
+    blocks = _start(
+        model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, block=block, logprobs=None
+    )
+    return ([row.ids for row in rows] for rows in blocks)
+
+
+def generate_with_logprobs(
+    model: LanguageModel,
+    prompts: Iterable[Ids],
+    max_new_tokens: SupportsIndex = 32,
+    *,
+    top: SupportsIndex = 0,
+    **how: Any,
+) -> list[Continuation]:
+    """``generate`` with the log-probability of every new token, and of the ``top`` likeliest ones in its place.
+
+    Args:
+      how: as ``generate``: temperature, top_k, top_p, min_p, stop, seed.
+
+    Raises:
+      ValueError: as ``generate``; and ``top`` less than 0 or more than the vocabulary.
+    """
+    prompts = list(prompts)
+    new = [Continuation([], [], []) for _ in prompts]
+    for block in stream_with_logprobs(model, prompts, max_new_tokens, top=top, block=BLOCK, **how):
+        for row, gained in zip(new, block, strict=True):
+            row.extend(gained)
+    return new
+
+
+def stream_with_logprobs(
+    model: LanguageModel,
+    prompts: Iterable[Ids],
+    max_new_tokens: SupportsIndex = 32,
+    *,
+    top: SupportsIndex = 0,
+    block: SupportsIndex = 8,
+    **how: Any,
+) -> Iterator[list[Continuation]]:
+    """``generate_with_logprobs`` as it goes, see ``stream``."""
+    top = check_whole("top", top, 0, model.config.vocab_size)
+    return _start(model, prompts, max_new_tokens, **how, block=block, logprobs=top)
+
+
+def _start(
+    model: LanguageModel,
+    prompts: Iterable[Ids],
+    max_new_tokens: SupportsIndex,
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+    min_p: SupportsFloat | None = None,
+    stop: Ids = (),
+    seed: SupportsIndex = 0,
+    *,
+    block: SupportsIndex,
+    logprobs: int | None,
+) -> Iterator[list[Continuation]]:
+    """Checks the arguments; what it returns yields blocks, without log-probabilities where ``logprobs`` is None."""
     vocab_size = model.config.vocab_size
     rows = [check_ids(ids, f"prompts[{i}]", vocab_size) for i, ids in enumerate(prompts)]
     for i, ids in enumerate(rows):
@@ -87,10 +162,10 @@ def stream(
     is_stop_V = np.zeros(vocab_size, bool)
     is_stop_V[check_ids(stop, "stop", vocab_size)] = True
     sampling = make_sampling(temperature, top_k, top_p, min_p)
-    return _stream(model, rows, max_new_tokens, is_stop_V, np.uint32(seed), sampling, block)
+    return _blocks(model, rows, max_new_tokens, is_stop_V, np.uint32(seed), sampling, block, logprobs)
 
 
-def _stream(
+def _blocks(
     model: LanguageModel,
     rows: list[list[int]],
     max_new_tokens: int,
@@ -98,33 +173,53 @@ def _stream(
     seed: np.uint32,
     sampling: Sampling,
     block: int,
-) -> Iterator[list[list[int]]]:
+    top: int | None,
+) -> Iterator[list[Continuation]]:
     if not rows:
         return
-    longest, shards = max(map(len, rows)), _batch_shards()
-    # Rows of no tokens fill up the mesh.
-    B = -(-len(rows) // shards) * shards
-    prompts_BT, lengths_B = np.zeros((B, size_class(longest)), np.int32), np.zeros(B, np.int32)
-    for b, ids in enumerate(rows):
-        prompts_BT[b, : len(ids)], lengths_B[b] = ids, len(ids)
+    longest = max(map(len, rows))
+    prompts_BT, lengths_B = right_padded(rows, len(rows))
     slots = size_class(longest + max_new_tokens - 1)
-    token_B, state = prefill(model, prompts_BT, lengths_B, is_stop_V, seed, sampling, max_length=slots)
-    ready_BN, size, drawn = token_B[:, None], 1, 1
+    ready, state = prefill(model, prompts_BT, lengths_B, is_stop_V, seed, sampling, max_length=slots, top=top)
+    size, drawn = 1, 1
     ended = [False] * len(rows)
     while True:
-        coming_BN, count = None, min(block, max_new_tokens - drawn)
+        coming, count = None, min(block, max_new_tokens - drawn)
         if count:
             # The next block starts before this one is looked at; where every row has ended it is over at once.
-            coming_BN, state = decode(model, state, is_stop_V, sampling, np.int32(count))
-        gained: list[list[int]] = []
-        for b, ids in enumerate(np.asarray(ready_BN)[: len(rows), :size].tolist()):
-            stops = np.flatnonzero(is_stop_V[ids])
-            gained.append([] if ended[b] else ids[: stops[0] + 1] if stops.size else ids)
+            coming, state = decode(model, state, is_stop_V, sampling, np.int32(count), top=top)
+        gained = []
+        for b, row in enumerate(_told(ready, len(rows), size)):
+            stops = np.flatnonzero(is_stop_V[row.ids])
+            end = 0 if ended[b] else stops[0] + 1 if stops.size else size
+            gained.append(Continuation(row.ids[:end], row.logprobs[:end], row.top[:end]))
             ended[b] |= bool(stops.size)
         yield gained
-        if coming_BN is None or all(ended):
+        if coming is None or all(ended):
             return
-        ready_BN, size, drawn = coming_BN, count, drawn + count
+        ready, size, drawn = coming, count, drawn + count
+
+
+def _told(drawn: Drawn, rows: int, size: int) -> Iterator[Continuation]:
+    """The first ``size`` tokens of the first ``rows`` rows, on the host."""
+    ids, *told = (np.asarray(x)[:rows, :size].tolist() for x in jax.device_get(drawn) if x is not None)
+    for b in range(rows):
+        logprobs, top = [], []
+        if told:
+            logprobs, top_ids, top_logprobs = (values[b] for values in told)
+            top = [list(zip(*pair, strict=True)) for pair in zip(top_ids, top_logprobs, strict=True)]
+        yield Continuation(ids[b], logprobs, top)
+
+
+def right_padded(rows: list[list[int]], least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one array [B, T] of a size class, and their lengths [B]; rows of no tokens, at the end, make them ``least``
+    at least and fill up the mesh."""
+    shards = _batch_shards()
+    B = -(-max(len(rows), least) // shards) * shards
+    tokens_BT, lengths_B = np.zeros((B, size_class(max(map(len, rows)))), np.int32), np.zeros(B, np.int32)
+    for b, ids in enumerate(rows):
+        tokens_BT[b, : len(ids)], lengths_B[b] = ids, len(ids)
+    return tokens_BT, lengths_B
 
 
 def size_class(length: int) -> int:

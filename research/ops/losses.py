@@ -10,8 +10,12 @@ def cross_entropy(
     logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed negative log-likelihood of the targets in nats, and how many targets the mask counts; float32 or wider."""
-    wide = jnp.promote_types(logits_BTV.dtype, jnp.float32)
-    logits_BTV = logits_BTV.astype(wide)
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
-    return jnp.sum(jnp.where(mask_BT, nats_BT, 0)), jnp.sum(mask_BT, dtype=wide)
+    nats_BT = -token_logprobs(logits_BTV, targets_BT)
+    return jnp.sum(jnp.where(mask_BT, nats_BT, 0)), jnp.sum(mask_BT, dtype=nats_BT.dtype)
+
+
+def token_logprobs(logits_V: Float[Array, "*#rows V"], tokens: Int[Array, "*#rows"]) -> Float[Array, "*#rows"]:
+    """Natural log-probability of each token under the logits in its place; float32 or wider."""
+    logits_V = logits_V.astype(jnp.promote_types(logits_V.dtype, jnp.float32))
+    picked = jnp.take_along_axis(logits_V, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits_V, axis=-1)

@@ -129,8 +129,9 @@ def test_a_state_keeps_its_types_in_any_dtype(dtype):
         prompts = np.zeros((2, 32), np.int32), np.ones(2, np.int32)
         prefill = functools.partial(decoding.prefill, max_length=64)
         _, state = jax.eval_shape(prefill, model, *prompts, rest[0], np.uint32(0), rest[1])
-        tokens_BN, after = jax.eval_shape(decoding.decode, model, state, *rest, np.int32(3))
-    assert tokens_BN.dtype == np.int32
+        drawn, after = jax.eval_shape(decoding.decode, model, state, *rest, np.int32(3))
+        told, _ = jax.eval_shape(functools.partial(decoding.decode, top=2), model, state, *rest, np.int32(3))
+    assert drawn.ids_BN.dtype == np.int32 and told.top_logprobs_BNK.shape == (2, decoding.BLOCK, 2)
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
 
 
