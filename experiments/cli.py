@@ -23,6 +23,9 @@ from typing import Any, NoReturn
 
 from research.config import ConfigError, fields_of, override
 
+# What --help says of a DIR that research.interop.opening opens.
+MODEL_DIRECTORY = "work directory of a run (or one of its checkpoints), or a Hugging Face model's directory"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, and whose descriptions keep their line breaks."""

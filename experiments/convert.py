@@ -6,7 +6,6 @@ What comes out but for a Hugging Face directory is a work directory that experim
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,6 @@ from typing import Any
 
 from experiments import cli
 from research.config import ConfigError
-
-# Small files of a Hugging Face directory that travel with its config.json.
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,42 +47,19 @@ def from_huggingface(source: Path, target: Path, dtype: str) -> None:
     from flax import nnx
 
     from research.config import to_dict
-    from research.data.pipeline import DataConfig
-    from research.data.tokenization import Bytes, TokenizerJson, build_tokenizer
-    from research.interop import huggingface
+    from research.interop.opening import open_published
     from research.interop.stored_tensors import whole_directory
     from research.training.checkpoints import Checkpoints
-    from research.training.config import ExperimentConfig
-    from research.training.optimizers import OptimizerConfig
     from research.training.runs import write_config
 
     with whole_directory(target) as unfinished:
-        hub = huggingface.read_config(source)
-        told = TokenizerJson(os.fspath(source / TOKENIZER_FILE)) if (source / TOKENIZER_FILE).is_file() else Bytes()
-        if isinstance(told, Bytes):
-            _tell(f"{source} holds no {TOKENIZER_FILE}: text is read as bytes")
-        tokenizer = build_tokenizer(told)
-        if tokenizer.vocab_size > hub.get("vocab_size", tokenizer.vocab_size) and not isinstance(told, Bytes):
-            raise ValueError(
-                f"{source / TOKENIZER_FILE} must have at most the vocab_size of config.json, {hub['vocab_size']}, "
-                f"got {tokenizer.vocab_size}"
-            )
-        model = huggingface.load(source, dtype, say=_tell)
-        length = min(hub.get("max_position_embeddings") or 2048, 2048)
-        data = DataConfig(tokenizer=told, sequence_length=length, held_out_bytes=0)
-        config = ExperimentConfig(model.config, data, OptimizerConfig())
-        texts = {name: (source / name).read_text("utf-8") for name in BESIDE if (source / name).is_file()}
-        about = {
-            "step": 0,
-            "config": to_dict(config),
-            "corpus_hash": "",
-            "huggingface": {"config": hub, "texts": texts},
-        }
-        _, params, variables = nnx.split(model, nnx.Param, ...)
-        checkpoints = Checkpoints(unfinished)
-        checkpoints.save(0, {"params": params, "variables": variables}, about=about, tokenizer=tokenizer.to_json())
+        opened = open_published(source, dtype, _tell)
+        about = {"step": 0, "config": to_dict(opened.config), "corpus_hash": "", "huggingface": opened.published}
+        _, params, variables = nnx.split(opened.model, nnx.Param, ...)
+        parts, checkpoints = {"params": params, "variables": variables}, Checkpoints(unfinished)
+        checkpoints.save(0, parts, about=about, tokenizer=opened.tokenizer.to_json())
         checkpoints.wait()
-        write_config(unfinished, config)
+        write_config(unfinished, opened.config)
 
 
 def to_huggingface(source: Path, target: Path, like: str | None) -> None:
@@ -100,6 +72,7 @@ def to_huggingface(source: Path, target: Path, like: str | None) -> None:
       ValueError: none of them, or it describes another model; or ``target`` exists and isn't empty.
     """
     from research.interop import huggingface
+    from research.interop.opening import BESIDE, TOKENIZER_FILE
     from research.training.checkpoints import read_about
     from research.training.runs import find_checkpoint, load_for_inference
 

@@ -84,6 +84,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str | bytes) -> np.ndarray:
         """int32 ids of ``text``. Raises ValueError for a str with lone surrogates, which is no text."""
 
+    def encode_published(self, text: str | bytes) -> np.ndarray:
+        """``encode`` with the special tokens that the tokenizer's own file puts around a text (often BOS, or none)."""
+        return self.encode(text)
+
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
@@ -220,6 +224,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"a Hugging Face tokenizer encodes UTF-8 text only, got other bytes: {error}") from error
         encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_published(self, text: str | bytes) -> np.ndarray:
+        string = _as_bytes(text).decode(errors="replace")
+        return np.asarray(self._tokenizer.encode(string, add_special_tokens=True).ids, np.int32)
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         return self.decode(ids).encode()

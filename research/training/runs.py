@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +125,11 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 
 class Trained(NamedTuple):
-    """A model out of a checkpoint, with all that goes with it."""
+    """A model out of a checkpoint, with all that goes with it.
+
+    ``published`` is of a model that came from Hugging Face and has not been trained since: its ``config`` (config.json) and
+    ``texts``, small files by name (the chat template is among them).
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -133,6 +137,7 @@ class Trained(NamedTuple):
     step: int
     corpus_hash: str
     path: Path
+    published: Mapping[str, Any] | None = None
 
 
 def find_checkpoint(directory: str | os.PathLike, say=print) -> Path:
@@ -169,7 +174,7 @@ def load_for_inference(directory: str | os.PathLike, say=print) -> Trained:
     loaded = load_part(path, dict(zip(("params", "variables"), parts, strict=True)))
     model = nnx.merge(graphdef, loaded["params"], loaded["variables"])
     tokenizer = tokenizer_from_json(read_tokenizer(path))
-    return Trained(model, tokenizer, config, about["step"], about["corpus_hash"], path)
+    return Trained(model, tokenizer, config, about["step"], about["corpus_hash"], path, about.get("huggingface"))
 
 
 def take_over(directory: str | os.PathLike, graphdef, state: TrainState, tokenizer: Tokenizer, say=print) -> TrainState:
