@@ -1,98 +1,131 @@
-"""Write text with a trained model: ``python -m experiments.generate DIR --prompt "..."``.
+"""Write text with a trained model: ``python -m experiments.generate DIR --prompt "..."``, or ``--chat "..."``.
 
 The prompt is read in the parallel form; new tokens come from the recurrent state and are printed as they are decoded.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
 from research.config import ConfigError
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    if options.prompt and options.chat:
+        raise ConfigError("--prompt and --chat are two ways to ask: give one of them")
+    if options.system is not None and not options.chat:
+        raise ConfigError("--system is the first message of a conversation: give the user's with --chat")
+    if options.json and options.logprobs is None:
+        raise ConfigError("--json is for --logprobs: give that too")
     # Only now: --help and a mistyped option need no JAX.
-    from research.inference import stream
-    from research.training.runs import CACHE_FOLDER, load_for_inference
+    from research.inference.generation import Continuation, stream_with_logprobs
+    from research.inference.generation import stream as stream_ids
+    from research.inference.text import Answer, chat_ids, prompt_ids, stop_ids
+    from research.interop.opening import open_model
+    from research.training.runs import CACHE_FOLDER
 
     began = time.monotonic()
-    trained = load_for_inference(options.directory, say=_tell)
+    trained = open_model(options.directory, say=_tell)
     tokenizer = trained.tokenizer
     cache = Path(options.directory).expanduser() / CACHE_FOLDER
     if os.access(cache, os.W_OK):
         cli.keep_compiled(cache)
-    prompts = options.prompt or [""]
+    prompts = [] if options.chat else options.prompt or [""]
+    sampling: dict[str, Any] = {
+        name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+    }
     try:
-        # Documents of the training data begin with the start token, and end with EOS where there is one.
-        ids = [[tokenizer.start_id, *tokenizer.encode(os.fsencode(prompt))] for prompt in prompts]
-        blocks = stream(
-            trained.model,
-            ids,
-            options.max_new_tokens,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.min_p,
-            stop=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            seed=options.seed,
-        )
+        if options.chat:
+            ids = [chat_ids(trained, conversation(options.chat, options.system))]
+        else:
+            ids = [prompt_ids(trained, os.fsencode(prompt)) for prompt in prompts]
+        sampling |= {"max_new_tokens": options.max_new_tokens, "stop": stop_ids(trained)}
+        if options.logprobs is None:
+            blocks = (
+                [Continuation(new, [], []) for new in block] for block in stream_ids(trained.model, ids, **sampling)
+            )
+        else:
+            blocks = stream_with_logprobs(trained.model, ids, top=options.logprobs, **sampling)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    rows = [Row(tokenizer, options.stop) for _ in prompts]
+    rows = [Answer(tokenizer, options.stop) for _ in ids]
+    told = [Continuation([], [], []) for _ in ids]
     counts, times = [0], [time.monotonic()]
-    with Page(prompts) as page:
+    with contextlib.nullcontext() if options.json else Page(prompts or [""]) as page:
         for block in blocks:
             for number, (row, new) in enumerate(zip(rows, block, strict=True)):
+                if not row.ended:
+                    told[number].extend(new)
                 # A row that gained nothing has met EOS.
-                text = row.push(new) if new else row.finish()
-                page.write(number, text, row.ended)
-            counts.append(counts[-1] + sum(map(len, block)))
+                text = row.push(new.ids) if new.ids else row.finish()
+                if page is not None:
+                    page.write(number, text, row.ended)
+            counts.append(counts[-1] + sum(len(new.ids) for new in block))
             times.append(time.monotonic())
             if all(row.ended for row in rows):
                 break
         for number, row in enumerate(rows):
-            page.write(number, row.finish(), ended=True)
+            text = row.finish()
+            if page is not None:
+                page.write(number, text, ended=True)
+    if options.logprobs is not None:
+        tables = [tokens_of(tokenizer, row) for row in told]
+        asked = prompts or [options.chat[-1]]
+        if options.json:
+            whole = [
+                {"prompt": p, "text": row.text, "tokens": t} for p, row, t in zip(asked, rows, tables, strict=True)
+            ]
+            print(json.dumps(whole, indent=2, ensure_ascii=False))
+        else:
+            print("\n\n".join(map(logprob_table, tables)))
     _tell(speed(counts, [now - began for now in times]))
     return 0
 
 
-class Row:
-    """The text of one continuation, token by token, cut off behind the first of the stop texts."""
+def conversation(turns: Sequence[str], system: str | None) -> list[dict[str, str]]:
+    """Messages: the system's, if any, then turns of user and assistant, the user's first and last."""
+    if len(turns) % 2 == 0:
+        raise ConfigError(f"--chat takes turns, the user's first and last: an odd number of them, got {len(turns)}")
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
-    def __init__(self, tokenizer, stops: Sequence[str] = ()):
-        self.text, self.ended = "", False
-        self._stream, self._vocab_size = tokenizer.stream(), tokenizer.vocab_size
-        self._stops = [stop for stop in stops if stop]
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` add; what is not yet a whole character waits."""
-        # A model may have more ids than its tokenizer: those it was never taught.
-        return "".join(self._add(self._stream.push(i) if i < self._vocab_size else UNKNOWN) for i in ids)
+def tokens_of(tokenizer, row) -> list[dict[str, Any]]:
+    """Of each new token its id, text and log-probability, and the likeliest in its place."""
 
-    def finish(self) -> str:
-        """Whatever was still waiting; nothing comes after it."""
-        text = self._add(self._stream.finish())
-        self.ended = True
-        return text
+    def told(i: int, logprob: float) -> dict[str, Any]:
+        return {"id": i, "text": piece(tokenizer, i), "logprob": logprob}
 
-    def _add(self, text: str) -> str:
-        if self.ended:
-            return ""
-        before, whole = len(self.text), self.text + text
-        found = [(whole.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
-        ends = [start + length for start, length in found if start >= 0]
-        if ends:
-            self.ended, whole = True, whole[: min(ends)]
-        self.text = whole
-        return whole[before:]
+    return [
+        {**told(i, logprob), "top": [told(*pair) for pair in top]}
+        for i, logprob, top in zip(row.ids, row.logprobs, row.top, strict=True)
+    ]
+
+
+def piece(tokenizer, i: int) -> str:
+    return tokenizer.decode([i]) if i < tokenizer.vocab_size else ""
+
+
+def logprob_table(tokens: Sequence[dict[str, Any]]) -> str:
+    """A line a token; log-probabilities in nats, then the likeliest tokens in its place with theirs."""
+
+    def shown(token) -> str:
+        return json.dumps(token["text"], ensure_ascii=False) if token["text"] else f"<{token['id']}>"
+
+    rows = [
+        (shown(token), f"{token['logprob']:8.4f}", "  ".join(f"{shown(t)} {t['logprob']:.4f}" for t in token["top"]))
+        for token in tokens
+    ]
+    return cli.table([("token", " logprob", "likeliest" if tokens and tokens[0]["top"] else ""), *rows])
 
 
 class Page:
@@ -167,17 +200,33 @@ def _parser() -> argparse.ArgumentParser:
             "examples:\n"
             '  python -m experiments.generate runs/demo --prompt "def main"\n'
             '  python -m experiments.generate runs/demo --prompt "import " --temperature 0     # the likeliest, always the same\n'
-            '  python -m experiments.generate runs/demo --prompt "class A" --prompt "class B" --top-p 0.9 --seed 1\n\n'
+            '  python -m experiments.generate runs/demo --prompt "class A" --prompt "class B" --top-p 0.9 --seed 1\n'
+            '  python -m experiments.generate Qwen3-0.6B --system "Be brief." --chat "Name three primes."\n'
+            '  python -m experiments.generate runs/demo --prompt "import " --max-new-tokens 8 --logprobs 3\n\n'
             "exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C"
         ),
     )
-    parser.add_argument("directory", metavar="DIR", help="work directory of a training run (or one of its checkpoints)")
+    parser.add_argument("directory", metavar="DIR", help=cli.MODEL_DIRECTORY)
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
         action="append",
         help="what to continue; may be repeated: all are continued together (default: a new document)",
     )
+    parser.add_argument(
+        "--chat",
+        metavar="TEXT",
+        nargs="+",
+        help="what the user says, written as the model's chat template has it; more turns: the answer, the user again ...",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system's message before it")
+    parser.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="also print each token's log-probability (nats, before temperature) and the N likeliest in its place",
+    )
+    parser.add_argument("--json", action="store_true", help="with --logprobs: print one JSON list instead")
     number = parser.add_argument_group("how")
     number.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for each prompt (default: 256)")
     number.add_argument(

@@ -9,6 +9,7 @@ from experiments import cli, generate
 from research.data.tokenization import ByteTokenizer
 from research.inference import generate as generate_ids
 from research.inference.sampling import make_sampling
+from research.inference.text import UNKNOWN, Answer
 from research.training.runs import load_for_inference
 from tests.experiments.tiny import tiny_run
 
@@ -77,13 +78,13 @@ def test_help_is_for_a_person():
 
 
 def test_text_waits_for_whole_characters_and_ends_behind_the_stop_text():
-    row = generate.Row(ByteTokenizer(), ["ab", "é!"])
+    row = Answer(ByteTokenizer(), ["ab", "é!"])
     assert [row.push([byte]) for byte in "aé".encode()] == ["a", "", "é"]
-    assert row.push([*b"?", 300, 258, *"é".encode()]) == f"?{generate.UNKNOWN}é" and not row.ended
+    assert row.push([*b"?", 300, 258, *"é".encode()]) == f"?{UNKNOWN}é" and not row.ended
     assert row.push(b"! and more") == "!" and row.ended
     assert row.push(b"more") == row.finish() == ""
-    row = generate.Row(ByteTokenizer())
-    assert row.push([0xC3]) == "" and row.finish() == generate.UNKNOWN
+    row = Answer(ByteTokenizer())
+    assert row.push([0xC3]) == "" and row.finish() == UNKNOWN
 
 
 def test_later_continuations_wait_for_the_earlier_ones(capsys):
