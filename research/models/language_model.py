@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.axes import Array, Float, Int
+from research.axes import Array, Bool, Float, Int
 from research.layers.context import Context, without_padding
 from research.layers.parameters import normal, project, read
 from research.models.config import ModelConfig
 from research.models.multi_token import MultiToken
 from research.models.stages import build_stages, factorise, init_states, run_stages
+from research.ops.losses import cross_entropy, projected_cross_entropy
 from research.ops.segments import real_and_reset
-from research.sharding.mesh import P, look_up
+from research.sharding.mesh import P, look_up, per_shard
+
+# A GiB of float32: as many as a loss may hold at once.
+_LOGITS = 1 << 28
 
 
 class Cache(NamedTuple):
@@ -91,10 +95,26 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head on normalised hidden states; float32 or wider."""
-        dtype = x_BTD.dtype
-        head_DV = read(self.embedding_VD, dtype).T if self.head_DV is None else read(self.head_DV, dtype)
-        logits_BTV = project(x_BTD, head_DV, dtype=jnp.promote_types(x_BTD.dtype, jnp.float32))
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        logits_BTV = project(x_BTD, self._read_head(x_BTD.dtype), dtype=wide)
         return logits_BTV if self.config.logit_scale == 1 else logits_BTV * self.config.logit_scale
+
+    def cross_entropy(
+        self, x_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """``cross_entropy`` of ``logits(x_BTD)``: of all of them at once, or where they are many of a block of tokens at a time."""
+        if targets_BT.size * self.config.vocab_size <= _LOGITS:
+            return cross_entropy(self.logits(x_BTD), targets_BT, mask_BT)
+
+        def run(batched, head_DV):
+            x_BTD, targets_BT, mask_BT = batched
+            scale = self.config.logit_scale
+            return (), projected_cross_entropy(x_BTD, head_DV, targets_BT, mask_BT, scale=scale)
+
+        return per_shard(run, (x_BTD, targets_BT, mask_BT), self._read_head(x_BTD.dtype), summed=True)[1]
+
+    def _read_head(self, dtype) -> Float[Array, "D V"]:
+        return read(self.embedding_VD, dtype).T if self.head_DV is None else read(self.head_DV, dtype)
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> Cache:
         """An empty cache for ``batch`` rows of up to ``max_length`` tokens; attention's keys and values are stored in

@@ -20,7 +20,6 @@ from research.layers.place import Place
 from research.models.auxiliaries import MultiTokenSums, reward_policies
 from research.models.config import ModelConfig
 from research.models.stages import Unit
-from research.ops.losses import cross_entropy
 from research.sharding.mesh import P
 
 if typing.TYPE_CHECKING:
@@ -93,11 +92,10 @@ def multi_token_sums(
         empty = (None,) * len(head.unit.branches)
         hidden_BTD, _, aux = head(hidden_BTD, model.embed(ahead_BT), empty, context)
         counted_BT, wanted_BT = within_BT & _shifted(mask_BT, depth), _shifted(targets_BT, depth)
-        logits_BTV = model.logits(hidden_BTD)
-        sums = cross_entropy(logits_BTV, wanted_BT, counted_BT)
+        sums = model.cross_entropy(hidden_BTD, wanted_BT, counted_BT)
         nats.append(sums[0])
         counts.append(sums[1])
-        auxes.append(reward_policies(aux, logits_BTV, wanted_BT, counted_BT))
+        auxes.append(reward_policies(aux, model.logits(hidden_BTD), wanted_BT, counted_BT))
     if model.mtp.config.shared:
         auxes = [jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *auxes)]
     return MultiTokenSums(jnp.stack(nats), jnp.stack(counts)), tuple(auxes)

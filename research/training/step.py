@@ -15,7 +15,6 @@ from research.models.language_model import LanguageModel
 from research.models.multi_token import multi_token_sums
 from research.ops import balancing
 from research.ops.dynamic_chunking import ChunkStatistics
-from research.ops.losses import cross_entropy
 from research.ops.sparse_attention import IndexStatistics
 from research.sharding.mesh import P, on_mesh
 from research.training.state import TrainState
@@ -106,9 +105,9 @@ def batch_sums(model: LanguageModel, batch: Batch, key) -> tuple[Array, Array, A
     segment_ids_BT, positions_BT = batch["segment_ids_BT"], batch["positions_BT"]
     targets_BT, mask_BT = batch["targets_BT"], batch["loss_mask_BT"]
     x_BTD, _, stages = model.hidden(batch["inputs_BT"], segment_ids_BT, positions_BT, key=key)
-    logits_BTV = model.logits(x_BTD)
-    nats, count = cross_entropy(logits_BTV, targets_BT, mask_BT)
-    aux = Auxiliaries(reward_policies(stages, logits_BTV, targets_BT, mask_BT))
+    nats, count = model.cross_entropy(x_BTD, targets_BT, mask_BT)
+    # Only routers trained by REINFORCE read these logits; without them they are dead code.
+    aux = Auxiliaries(reward_policies(stages, model.logits(x_BTD), targets_BT, mask_BT))
     if model.mtp is not None and key is not None:
         ahead, heads = multi_token_sums(
             model, x_BTD, batch["inputs_BT"], targets_BT, mask_BT, segment_ids_BT, positions_BT, key
