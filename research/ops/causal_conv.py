@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.causal_conv import tpu
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
 from research.ops.segments import real_and_reset
 
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 _ACTIVATIONS = {None: lambda x: x, "silu": jax.nn.silu}
+_FEW = 16  # tokens, below which a kernel would mostly compute padding
 
 
 def causal_conv(
@@ -29,6 +32,7 @@ def causal_conv(
     tail: Float[Array, "B W-1 D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     activation: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Convolve each channel with W taps over the token and the W − 1 real tokens before it.
 
@@ -39,16 +43,19 @@ def causal_conv(
       segment_ids: [B, T], as for ``linear_attention``: a token whose id differs from the last non-zero id before it sees
         zeros before its segment; id 0 is padding, which outputs 0, is not read and does not shift the tail.
       activation: None or 'silu', applied to the sum.
+      implementation: 'xla' or a 'pallas_*' name; never falls back. None chooses for the platform when the call is lowered.
 
     Returns:
       y_BTD in x's dtype (the sum is accumulated in promote_types(x, float32)), and the new tail in x's dtype: the last
       W − 1 real tokens of the row's last segment.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown activation, a sharded time axis.
+      ValueError: shapes that do not fit together, an unknown activation or implementation, a sharded time axis.
+      NotImplementedError: the named implementation cannot serve the call.
     """
     check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation)
-    run = functools.partial(_local, activation)
+    check_implementation(implementation, x_BTD, w_WD)
+    run = functools.partial(_local, (activation, implementation))
     arrays = (x_BTD, w_WD, bias_D, tail, segment_ids)
     split = spec_of(x_BTD)
     if split is None:
@@ -60,17 +67,15 @@ def causal_conv(
     return run_on_shards(run, x_BTD, arrays, (rows, P(None, d), P(d), rows, P(b)), (rows, rows))
 
 
-def _local(activation, x_BTD, w_WD, bias_D, tail, segment_ids):
+def _local(plan, x_BTD, w_WD, bias_D, tail, segment_ids):
     B, _, D = x_BTD.shape
     tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
     x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))
-    if segment_ids is not None:
-        x_BTD = jnp.where((segment_ids > 0)[..., None], x_BTD, 0)
     if (
         w_WD.shape[0] == 1
     ):  # one tap looks back at nothing, and XLA:CPU dies of the sum over devices of an empty gradient
-        return _convolve(activation, x_BTD, w_WD, bias_D, None, segment_ids), tail
-    y_BTD = _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids)
+        return _convolve(plan, x_BTD, w_WD, bias_D, None, segment_ids), tail
+    y_BTD = _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids)
     return y_BTD, _next_tail(x_BTD, tail, segment_ids)
 
 
@@ -91,36 +96,81 @@ def _next_tail(x_BTD, tail, segment_ids_BT):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
-    """The outputs, for x that is zero in padded places; no tail with one tap. Only the inputs are kept for the backward
+def _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
+    """The outputs for a plan (activation, implementation); no tail with one tap. Only the inputs are kept for the backward
     pass."""
-    arrays = (x_BTD, w_WD, bias_D, tail, segment_ids_BT)
-    return _choose(arrays, lambda form: form[0](activation, *arrays))
+    return _choose(plan, "forward", (x_BTD, w_WD, bias_D, tail, segment_ids_BT))
 
 
-def _convolve_forward(activation, *arrays):
-    return _convolve(activation, *arrays), arrays
+def _convolve_forward(plan, *arrays):
+    return _convolve(plan, *arrays), arrays
 
 
-def _convolve_backward(activation, arrays, dy_BTD):
+def _convolve_backward(plan, arrays, dy_BTD):
     segment_ids_BT = arrays[-1]
     ids_gradient = None if segment_ids_BT is None else np.zeros(segment_ids_BT.shape, jax.dtypes.float0)
-    return *_choose(arrays, lambda form: form[1](activation, *arrays, dy_BTD)), ids_gradient
+    return *_choose(plan, "backward", (*arrays, dy_BTD)), ids_gradient
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _choose(arrays, run):
-    """``run`` the gathering form only where padding precedes a real token that looks back: shifts are several times
-    faster, forwards and backwards, and serve packed and right-padded rows."""
-    _, w_WD, _, _, segment_ids_BT = arrays
-    shifting = (_shifting, _shifting_backward)
-    if segment_ids_BT is None or w_WD.shape[0] == 1:
-        return run(shifting)
+def _choose(plan, way, arrays: tuple):
+    activation, implementation = plan
+    xla = functools.partial(_xla, activation, way)
+    if implementation == "xla":
+        return xla(*arrays)
+    kernel = functools.partial(_kernel, activation, way)
+    if implementation is not None:
+        return kernel(*arrays, interpret=implementation.endswith("interpret"))
+    if tpu.refuses(*arrays[:2]) or arrays[0].shape[1] < _FEW:
+        return xla(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
+
+
+def _scattered(segment_ids_BT):
+    """Whether padding precedes a real token anywhere."""
     real_BT = segment_ids_BT > 0
-    scattered = jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
-    return jax.lax.cond(scattered, lambda: run((_gathering, _gathering_backward)), lambda: run(shifting))
+    return jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
+
+
+def _kernel(activation, way, x_BTD, w_WD, bias_D, tail, segment_ids_BT, *dy, interpret=False):
+    """The TPU kernel, for rows whose padding comes last; others are squeezed first, and the result spread."""
+    options: dict[str, Any] = {"silu": activation == "silu", "interpret": interpret}
+    run = getattr(tpu, way)
+    if segment_ids_BT is None:
+        return run(x_BTD, w_WD, bias_D, tail, None, *dy, **options)
+    taps = w_WD.shape[0] - 1
+
+    def direct(segment_ids_BT, *rows):
+        real_BT, reset_BT = real_and_reset(segment_ids_BT)
+        place_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+        first_BT = jax.lax.cummax(jnp.where(reset_BT, place_T, -taps), axis=1)
+        reach_BT = jnp.where(real_BT, jnp.minimum(place_T - first_BT, taps), -1)
+        return run(rows[0], w_WD, bias_D, tail, reach_BT, *rows[1:], **options)
+
+    def squeezed(segment_ids_BT, *rows):
+        real_BT = segment_ids_BT > 0
+        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+        take = lambda a, index_BT: jnp.take_along_axis(a, index_BT[..., None], axis=1)  # noqa: E731
+        out = direct(jnp.take_along_axis(segment_ids_BT, order_BT, axis=1), *(take(row, order_BT) for row in rows))
+        rank_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1, 0)
+        spread = lambda a: _masked(segment_ids_BT, take(a, rank_BT))  # noqa: E731
+        return spread(out) if way == "forward" else (spread(out[0]), *out[1:])
+
+    rows = (segment_ids_BT, x_BTD, *dy)
+    return jax.lax.cond(_scattered(segment_ids_BT), squeezed, direct, *rows) if taps else direct(*rows)
+
+
+def _xla(activation, way, x_BTD, w_WD, bias_D, tail, segment_ids_BT, *dy):
+    """The gathering form runs only where padding precedes a real token that looks back: shifts are several times faster,
+    forwards and backwards, and serve packed and right-padded rows."""
+    arrays = (_masked(segment_ids_BT, x_BTD), w_WD, bias_D, tail, segment_ids_BT, *dy)
+    forms = {"forward": (_gathering, _shifting), "backward": (_gathering_backward, _shifting_backward)}[way]
+    gather, shift = (functools.partial(form, activation) for form in forms)
+    if segment_ids_BT is None or w_WD.shape[0] == 1:
+        return shift(*arrays)
+    return jax.lax.cond(_scattered(segment_ids_BT), gather, shift, *arrays)
 
 
 def _shifting(activation, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
@@ -250,3 +300,14 @@ def check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation) -> None:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+
+
+def check_implementation(implementation, x_BTD, w_WD) -> None:
+    """Refuse unknown names, and kernels that do not exist or cannot serve the call."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if implementation in ("pallas_gpu", "pallas_gpu_interpret"):
+        raise NotImplementedError(f"implementation={implementation!r}: causal_conv has no GPU kernel")
+    why = tpu.refuses(x_BTD, w_WD) if implementation in ("pallas_tpu", "pallas_tpu_interpret") else None
+    if why:
+        raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
