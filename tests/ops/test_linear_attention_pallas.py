@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.ops.linear_attention import linear_attention
+from research.ops.linear_attention import linear_attention, linear_attention_step
 from tests.ops.test_linear_attention import MECHANISMS, NAMES, check, expected, make, run
 
 KERNEL = "pallas_tpu_interpret"
@@ -61,6 +61,29 @@ def test_bfloat16_inputs(name, H):
     assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
     want = expected({n: None if v is None else np.asarray(v, np.float32) for n, v in low.items()}, cotangents)
     check(got, want, bound=1e-2, absolute=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "H", "G"), [("mamba2", 3, 1), ("gated_deltanet", 16, 4), ("kda", 8, 8), ("linear", 2, 2)]
+)
+def test_one_token(name, H, G):
+    """The step's kernel in place of one token of the definition, and its gradient; a gate of −inf among the others."""
+    x, _ = make(0, 2, 1, G, H, 8, 6, *MECHANISMS[name])
+    if x["log_decay"] is not None:
+        x["log_decay"].reshape(-1)[0] = -np.inf
+    now = {n: None if x[n] is None else x[n][:, 0] for n in (*"qkv", "log_decay", "beta")}
+
+    def both(implementation):
+        def run(now, S):
+            q, k, v = (now[n] for n in "qkv")
+            gates = {"log_decay": now["log_decay"], "beta": now["beta"]}
+            return linear_attention_step(q, k, v, S, **gates, scale=0.5, implementation=implementation)
+
+        value, pull = jax.vjp(run, now, x["initial_state"])
+        return value, pull(value)
+
+    got, want = jax.jit(both, static_argnums=0)(KERNEL), jax.jit(both, static_argnums=0)("recurrent")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 def test_a_gradient_taken_on_one_platform_is_lowered_for_another():

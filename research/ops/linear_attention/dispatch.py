@@ -8,9 +8,10 @@ from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, shards, spec_of, vary_alike
+from research.ops.linear_attention import single
 from research.ops.linear_attention.choice import attend, make_plan, refuses
 from research.ops.linear_attention.quadratic import quadratic
-from research.ops.linear_attention.recurrent import recurrent, step
+from research.ops.linear_attention.recurrent import recurrent
 from research.ops.linear_attention.segments import fold
 from research.ops.segments import real_and_reset, select
 
@@ -102,24 +103,25 @@ def linear_attention_step(
     Args:
       q_BGK, k_BGK, v_BHV: the token. state_BHKV: the state before it.
       log_decay: None, [H], [B, H] or [B, H, K]. beta: None or [B, H]. scale: multiplies the output.
-      implementation: None or 'recurrent'.
+      implementation: 'recurrent', 'pallas_tpu' or 'pallas_tpu_interpret'; never falls back. None chooses for the platform
+        when the call is lowered.
 
     Returns:
       o_BHV in v's dtype and the new state in promote_types(input, float32).
 
     Raises:
       ValueError: shapes that do not fit together, an unknown implementation.
-      NotImplementedError: the named implementation has no step.
+      NotImplementedError: the named implementation has no step, or cannot serve the call.
     """
     check_implementation(implementation, None)
-    if implementation not in (None, "recurrent"):
+    if implementation not in single.IMPLEMENTATIONS:
         raise NotImplementedError(f"implementation={implementation!r} has no step: one token is 'recurrent'")
     scale = check_scale(scale)
     one = lambda x: None if x is None else jnp.expand_dims(x, 1)  # noqa: E731
     log_decay_T = log_decay if log_decay is None or log_decay.ndim == 1 else one(log_decay)
     check_arguments(one(q_BGK), one(k_BGK), one(v_BHV), log_decay_T, one(beta), state_BHKV, None)
     arrays = (q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta)
-    run = functools.partial(_local_step, scale=scale)
+    run = functools.partial(_local_step, implementation, scale)
     split = spec_of(v_BHV)
     if split is None:
         return run(*arrays)
@@ -153,13 +155,14 @@ def _local(q_BTGK, k_BTGK, v_BTHV, log_decay, beta, initial_state, segment_ids, 
     return o_BTHV, state_BHKV
 
 
-def _local_step(q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta, *, scale):
+def _local_step(implementation, scale, q_BGK, k_BGK, v_BHV, state_BHKV, log_decay, beta):
     dtype = state_dtype(q_BGK, k_BGK, v_BHV, log_decay, beta, state_BHKV)
     g_BH = log_decay
     if g_BH is not None and g_BH.ndim == 1:
         g_BH = jnp.broadcast_to(g_BH, v_BHV.shape[:2])
     cast = lambda x: None if x is None else x.astype(dtype)  # noqa: E731
-    o_BHV, new_BHKV = step(cast(q_BGK), cast(k_BGK), cast(v_BHV), cast(g_BH), cast(beta), cast(state_BHKV), scale)
+    arrays = vary_alike(tuple(cast(x) for x in (q_BGK, k_BGK, v_BHV, g_BH, beta, state_BHKV)))
+    o_BHV, new_BHKV = single.step(implementation, scale, *arrays)
     return o_BHV.astype(v_BHV.dtype), new_BHKV
 
 
