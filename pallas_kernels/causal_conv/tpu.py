@@ -177,7 +177,7 @@ def _forward_kernel(refs, *, W, silu):
         return now[-_BEFORE:]
 
     count = x.shape[1] // _STRIP
-    jax.lax.fori_loop(0, count, strip, _first_rows(refs, pl.program_id(2) == 0), unroll=_unroll(count))
+    jax.lax.fori_loop(0, count, strip, _first_rows(refs, pl.program_id(2) == 0), unroll=True)
 
 
 def _backward_kernel(refs, *, W, silu):
@@ -223,7 +223,7 @@ def _backward_kernel(refs, *, W, silu):
         return d[:_BEFORE], sums
 
     zeros = jnp.zeros((_BEFORE, width), jnp.float32)
-    after, sums = jax.lax.fori_loop(0, count, strip, (later[...], [zeros] * (W + 1)), unroll=_unroll(count))
+    after, sums = jax.lax.fori_loop(0, count, strip, (later[...], [zeros] * (W + 1)), unroll=True)
     later[...] = after
     for n in range(W):
         refs["dw"][W - 1 - n : W - n] += jnp.sum(sums[n], axis=0, keepdims=True)
@@ -279,7 +279,3 @@ def _tap(refs, n):
 def _fold(x):
     """Sixteen rows to eight."""
     return x[:_BEFORE] + x[_BEFORE:]
-
-
-def _unroll(count):
-    return next(n for n in (4, 2, 1) if count % n == 0)
