@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grouped_matmul import tpu
 from research.axes import Array, Float, Int
 
-IMPLEMENTATIONS = ("looped", "tiled", "ragged_dot", "dense")
-_KERNELS = ("pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
+IMPLEMENTATIONS = ("looped", "tiled", "ragged_dot", "dense", "pallas_tpu", "pallas_tpu_interpret")
+_MISSING = ("pallas_gpu", "pallas_gpu_interpret")
 
 
 def tile_rows(rows: int, groups: int) -> int:
@@ -71,8 +72,8 @@ def grouped_matmul(
         (see `padded_sizes`). Nothing is gathered then: equal groups are one batched product over experts, others one
         over tiles of that many rows. What breaks the promise is undefined.
       implementation: 'looped' (a loop over tiles; CPU's), 'tiled' (all tiles at once; CUDA's), 'ragged_dot' (XLA's own;
-        TPU's), 'dense' (every row against every expert: the definition), each for any platform, or None: chosen per
-        platform when lowered.
+        TPU's), 'dense' (every row against every expert: the definition), each for any platform; 'pallas_tpu' and
+        'pallas_tpu_interpret'; or None: chosen per platform when lowered, XLA's forms alone so far.
 
     Returns:
       y_MN in x's dtype, accumulated in float32 (float64 for float64 inputs).
@@ -119,6 +120,7 @@ def _choose(leg, alignment, implementation, clean=False):
     bound = {name: functools.partial(_LEGS[name, leg], alignment=alignment, clean=clean) for name in IMPLEMENTATIONS}
     if implementation is not None:
         return bound[implementation]
+
     # XLA has a real grouped matmul on TPU only; elsewhere it expands ragged_dot to all experts.
     forms = {"tpu": bound["ragged_dot"], "cpu": bound["looped"], "default": bound["tiled"]}
     return lambda *arrays: jax.lax.platform_dependent(*arrays, **forms)
@@ -137,11 +139,11 @@ def clean_leg(
 
 
 def check_implementation(implementation: str | None) -> None:
-    if implementation in _KERNELS:
-        raise NotImplementedError(f"implementation {implementation!r}: grouped_matmul has no kernel for it yet")
+    if implementation in _MISSING:
+        raise NotImplementedError(f"implementation {implementation!r}: grouped_matmul has no GPU kernel")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {implementation!r}, it must be None or one of {IMPLEMENTATIONS + _KERNELS}"
+            f"implementation is {implementation!r}, it must be None or one of {IMPLEMENTATIONS + _MISSING}"
         )
 
 
@@ -340,6 +342,22 @@ def _ragged_outer(x_MK, dy_MN, sizes_E, *, alignment, clean):
     return _ragged_dot_over_rows(_live(x_MK, sizes_E, clean), _live(dy_MN, sizes_E, clean), sizes_E)
 
 
+# --- the TPU kernel -------------------------------------------------------------------------------------------------
+
+
+def _kernel(function, **options):
+    """A leg from a kernel: over a batch, one call after another."""
+    call = jax.custom_batching.sequential_vmap(functools.partial(function, **options))
+
+    def leg(a, b, sizes_E, *, alignment, clean):
+        why = tpu.refuses(a, b)
+        if why:
+            raise NotImplementedError(f"grouped_matmul's TPU kernel cannot serve this call: {why}")
+        return call(a, b, sizes_E)
+
+    return leg
+
+
 # --- dense ----------------------------------------------------------------------------------------------------------
 
 
@@ -378,4 +396,13 @@ _LEGS = {
     ("dense", "product"): _dense_product,
     ("dense", "transposed"): _transposed(_dense_product),
     ("dense", "outer"): _dense_outer,
+    **{
+        (f"pallas_tpu{name}", leg): _kernel(function, interpret=bool(name), **options)
+        for name in ("", "_interpret")
+        for leg, function, options in (
+            ("product", tpu.product, {}),
+            ("transposed", tpu.product, {"transposed": True}),
+            ("outer", tpu.outer, {}),
+        )
+    },
 }

@@ -1,0 +1,1 @@
+"""Kernels of the grouped matrix product: ``tpu`` for TPU, all three legs."""
