@@ -24,7 +24,7 @@ LOW, SINGLE = jnp.bfloat16, jnp.float32
 class Case:
     """One call of an op.
 
-    kernels: the platforms that have a kernel of it; ``xla``: the implementation that needs none.
+    kernels: the platforms that have a kernel of it; ``xla``: the implementation that needs none, where it matters by platform.
     build: ``(implementation) -> (function, differentiable arguments)``.
     flops: the least that forward computes, of products alone; backward is counted twice that. What the op's definition asks
     for: a chunked form computes more.
@@ -36,7 +36,7 @@ class Case:
     build: Callable[[str | None], tuple[Callable, tuple]]
     flops: float
     kernels: tuple[str, ...] = ()
-    xla: str | None = None
+    xla: str | dict[str, str] | None = None
     ways: tuple[str, ...] = ("forward", "backward")
     calls: int = 1
     target: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -44,7 +44,8 @@ class Case:
     def implementations(self, platform: str) -> dict[str, str | None]:
         """What to measure on a platform, by the name it is reported under: its kernel and the XLA form of the same call."""
         kernel = {f"pallas_{platform}": f"pallas_{platform}"} if platform in self.kernels else {}
-        return {**kernel, self.xla or "xla": self.xla}
+        xla = self.xla[platform] if isinstance(self.xla, dict) else self.xla
+        return {**kernel, xla or "xla": xla}
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -127,7 +128,7 @@ def decode(B, H, D, steps=64) -> Case:
 
     shape = {"B": B, "H": H, "K": D, "V": D, "dtype": "bfloat16"}
     flops = 2.0 * B * H * D * D * 3
-    return Case("linear_attention_step", shape, build, flops, (), "recurrent", ways=("forward",), calls=steps)
+    return Case("linear_attention_step", shape, build, flops, ("tpu",), "recurrent", ways=("forward",), calls=steps)
 
 
 def convolution(B, T, D, W=4) -> Case:
@@ -136,11 +137,11 @@ def convolution(B, T, D, W=4) -> Case:
     def build(implementation):
         draw = _Draw()
         ids_BT = jnp.broadcast_to(1 + jnp.arange(T, dtype=jnp.int32) // max(1, T // 5), (B, T))
-        options: dict[str, Any] = {"segment_ids": ids_BT, "activation": "silu"}
+        options: dict[str, Any] = {"segment_ids": ids_BT, "activation": "silu", "implementation": implementation}
         return lambda x, w: causal_conv(x, w, **options)[0], (draw(B, T, D).astype(LOW), draw(W, D).astype(LOW))
 
     shape = {"B": B, "T": T, "D": D, "W": W, "dtype": "bfloat16"}
-    return Case("causal_conv silu", shape, build, 2.0 * B * T * D * W, (), None)
+    return Case("causal_conv silu", shape, build, 2.0 * B * T * D * W, ("tpu",), "xla")
 
 
 def grouped(load, M, K, N, E) -> Case:
@@ -159,7 +160,8 @@ def grouped(load, M, K, N, E) -> Case:
 
     shape = {"M": M, "K": K, "N": N, "E": E, "load": load, "dtype": "bfloat16"}
     target = {way: "75 % of a dense product" for way in ("forward", "backward")}
-    return Case("grouped_matmul", shape, build, 2.0 * M * K * N, (), None, target=target)
+    xla = {"tpu": "ragged_dot", "gpu": "tiled", "cpu": "looped"}
+    return Case("grouped_matmul", shape, build, 2.0 * M * K * N, ("tpu",), xla, target=target)
 
 
 def entropy(T, D, V) -> Case:

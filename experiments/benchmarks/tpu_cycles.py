@@ -1,4 +1,4 @@
-"""Static cycles of linear_attention on a TPU that need not be there: the Pallas kernels against the chunked XLA form.
+"""Static cycles of kernels on a TPU that need not be there, against the XLA form of the same call and libraries' kernels.
 
 libtpu compiles each call ahead of time, and what it scheduled is counted: a kernel costs its instruction bundles a grid step
 times its steps, an XLA operation libtpu's own estimate times the trips of the loops around it. No stalls and no bandwidth, so
@@ -18,22 +18,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# name: (decay, delta rule)
-MECHANISMS = {"additive": ("token", False), "delta_rule": ("token", True), "kda": ("channel", True)}
-SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128}
+from experiments.benchmarks._tpu_cases import CASES, SHAPE, case
+
 TOPOLOGY = "v6e:2x2"
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """Cycles of forward and of forward + backward through the op, in bfloat16; ``quick`` measures one mechanism."""
+    """Cycles of forward and of forward + backward through each op, in bfloat16; ``quick`` measures one call.
+
+    Rows: mechanism, way, form ('kernel', or what else was compiled), shape where it is not the common one, cycles.
+    """
     rows = []
-    for name in ("additive",) if quick else MECHANISMS:
-        for way in ("forward", "forward_backward"):
-            for form in (None, "chunked"):
-                result = measure(TOPOLOGY, name, way, form, SHAPE)
-                rows.append({"mechanism": name, "way": way, "form": form or "kernel", **result})
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for name in ("additive",) if quick else CASES:
+        rows += rows_of(name)
     return {"topology": TOPOLOGY, "libtpu": libtpu_version(), "shape": {**SHAPE, "dtype": "bfloat16"}, "rows": rows}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of one call of the table."""
+    rows = []
+    shape = {} if CASES[name].shape == SHAPE else {"shape": CASES[name].shape}
+    for way in CASES[name].ways:
+        for form in (None, *CASES[name].others):
+            result = measure(TOPOLOGY, name, way, form, CASES[name].shape)
+            rows.append({"mechanism": name, "way": way, "form": form or "kernel", **shape, **result})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
 
 
 def measure(topology: str, name: str, way: str, form: str | None, shape: dict[str, int], timeout: float = 550) -> dict:
@@ -82,35 +92,6 @@ def has_libtpu() -> bool:
 def libtpu_version() -> str:
     path = [libtpu_folder() or "", *sys.path]
     return next(d.version for d in importlib.metadata.distributions(name="libtpu", path=path))
-
-
-def case(name: str, way: str, form: str | None, B: int, T: int, H: int, K: int, V: int, G: int = 0):
-    """(function, arguments as shapes)."""
-    import jax
-    import jax.numpy as jnp
-
-    from research.ops.linear_attention import linear_attention
-
-    decay, delta = MECHANISMS[name]
-    struct = jax.ShapeDtypeStruct
-    low, single = jnp.bfloat16, jnp.float32
-    q = struct((B, T, G or H, K), low)
-    x = {"q": q, "k": q, "v": struct((B, T, H, V), low), "initial_state": struct((B, H, K, V), single)}
-    x["log_decay"] = struct((B, T, H, K) if decay == "channel" else (B, T, H), single)
-    if delta:
-        x["beta"] = struct((B, T, H), single)
-
-    def forward(x):
-        x = dict(x)
-        q, k, v = (x.pop(n) for n in "qkv")
-        return linear_attention(q, k, v, **x, scale=K**-0.5, implementation=form)
-
-    if way == "forward":
-        return forward, (x,)
-    return lambda x, cotangents: (*(r := jax.vjp(forward, x))[0], r[1](cotangents)), (
-        x,
-        (x["v"], x["initial_state"]),
-    )
 
 
 def _compile(topology, name, way, form, shape, folder):
