@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.causal_conv import tpu
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
-from research.ops.segments import real_and_reset
+from research.ops.segments import real_and_reset, select
+from research.ops.sequence_shards import compose, previous_id
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 _ACTIVATIONS = {None: lambda x: x, "silu": jax.nn.silu}
@@ -33,6 +34,7 @@ def causal_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     activation: str | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Convolve each channel with W taps over the token and the W − 1 real tokens before it.
 
@@ -44,6 +46,8 @@ def causal_conv(
         zeros before its segment; id 0 is padding, which outputs 0, is not read and does not shift the tail.
       activation: None or 'silu', applied to the sum.
       implementation: 'xla' or a 'pallas_*' name; never falls back. None chooses for the platform when the call is lowered.
+      axis_name: inside ``jax.shard_map``, the mesh axis over which T is sharded, x being this shard's part. ``tail`` and the
+        returned tail are those of the whole sequence, and segments may cross shards.
 
     Returns:
       y_BTD in x's dtype (the sum is accumulated in promote_types(x, float32)), and the new tail in x's dtype: the last
@@ -57,6 +61,9 @@ def causal_conv(
     check_implementation(implementation, x_BTD, w_WD)
     run = functools.partial(_local, (activation, implementation))
     arrays = (x_BTD, w_WD, bias_D, tail, segment_ids)
+    if axis_name is not None:
+        entering, last = _entering_tail(x_BTD, w_WD.shape[0] - 1, tail, segment_ids, axis_name)
+        return run(x_BTD, w_WD, bias_D, entering, segment_ids)[0], last
     split = spec_of(x_BTD)
     if split is None:
         return run(*arrays)
@@ -71,12 +78,37 @@ def _local(plan, x_BTD, w_WD, bias_D, tail, segment_ids):
     B, _, D = x_BTD.shape
     tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
     x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))
-    if (
-        w_WD.shape[0] == 1
-    ):  # one tap looks back at nothing, and XLA:CPU dies of the sum over devices of an empty gradient
+    # One tap looks back at nothing, and XLA:CPU dies of the sum over devices of an empty gradient.
+    if w_WD.shape[0] == 1:
         return _convolve(plan, x_BTD, w_WD, bias_D, None, segment_ids), tail
     y_BTD = _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids)
     return y_BTD, _next_tail(x_BTD, tail, segment_ids)
+
+
+def _entering_tail(x_BTD, taps, tail, segment_ids_BT, axis_name):
+    """(the tail that this shard's first tokens see, the tail after the last shard)."""
+    B, T, D = x_BTD.shape
+    if tail is None or taps == 0:  # an empty tail must have no gradient: see _local
+        tail = jnp.zeros((B, taps, D), x_BTD.dtype)
+    tail = tail.astype(x_BTD.dtype)
+    if taps == 0:
+        return tail, tail
+    real_BT, reset_BT = jnp.ones((B, T), bool), jnp.zeros((B, T), bool)
+    if segment_ids_BT is not None:
+        real_BT, reset_BT = real_and_reset(segment_ids_BT, previous_id(segment_ids_BT, axis_name))
+        x_BTD = select(real_BT, x_BTD)
+    new_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    own = _next_tail(*vary_alike((x_BTD, jnp.zeros_like(tail), segment_ids_BT)))
+
+    def pushed(by, tail):
+        """``tail`` with as many slots freed as the shard has tokens; all of them where another segment began."""
+        slot_BW = by[:, None] + jnp.arange(taps, dtype=jnp.int32)
+        kept = jnp.take_along_axis(tail, jnp.minimum(slot_BW, taps - 1)[..., None], axis=1)
+        return jnp.where((slot_BW < taps)[..., None], kept, 0)
+
+    entering, last = compose(pushed, jnp.where(jnp.any(reset_BT, axis=1), taps, new_B), own, tail, axis_name)
+    first_BT = real_BT & (jnp.cumsum(real_BT, axis=1) == 1)
+    return jnp.where(jnp.any(reset_BT & first_BT, axis=1)[:, None, None], 0, entering), last
 
 
 def _next_tail(x_BTD, tail, segment_ids_BT):

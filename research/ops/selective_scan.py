@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
-from research.ops.linear_attention.context_parallel import compose, previous_id
 from research.ops.segments import real_and_reset, select
+from research.ops.sequence_shards import compose, previous_id
 
 Implementation = Literal["recurrent", "chunked"]
 # Of 16 to 256 by forward and backward time on CPU at D=256 and 512, K=16. jax.lax.associative_scan inside a chunk is slower.

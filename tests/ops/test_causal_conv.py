@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from research.ops.causal_conv import causal_conv, causal_conv_step
 
@@ -131,6 +132,32 @@ def test_bfloat16_accumulates_in_float32():
     assert y.dtype == jnp.bfloat16 and tail.dtype == jnp.bfloat16
     exact, _ = oracle(*(np.asarray(a, np.float32) for a in x.values()), ROWS)
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=4e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("W", [1, 4])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_over_eight_devices_is_whole(W, packed):
+    """Shards of three tokens: the taps reach over several, and segments cross them. Outputs, tail and every gradient."""
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, ids = make(W), jnp.asarray(ROWS) if packed else None
+    split = P(None, "context")
+
+    def whole(x):
+        return causal_conv(x["x"], x["w"], x["bias"], tail=x["tail"], segment_ids=ids, activation="silu")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=({n: split if n == "x" else P() for n in x}, split), out_specs=(split, P())
+    )
+    def shard(x, ids):
+        options = {"segment_ids": ids, "activation": "silu", "axis_name": "context"}
+        return causal_conv(x["x"], x["w"], x["bias"], tail=x["tail"], **options)
+
+    def with_gradients(function):
+        out, pull = jax.vjp(function, x)
+        return out, pull(jax.tree.map(jnp.cos, out))
+
+    ours, theirs = jax.jit(lambda: (with_gradients(lambda x: shard(x, ids)), with_gradients(whole)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), ours, theirs)
 
 
 def test_one_tap_on_a_mesh():
