@@ -193,8 +193,8 @@ def _outer_kernel(group, tile, start, stop, count, x, dy, dw, total, *, interpre
 
         # Both are masked: what is not this group's may be NaN.
         mine = _rows_between(tile[i] * x.shape[0], start[i], stop[i], (x.shape[0], 1))
-        own = [jnp.where(mine, a[...], jnp.zeros((), a.dtype)) for a in (x, dy)]
-        total[...] += _dot(*own, ((0,), (0,)), interpret)
+        own_x, own_dy = (jnp.where(mine, a[...], jnp.zeros((), a.dtype)) for a in (x, dy))
+        total[...] += _dot(own_x, own_dy, ((0,), (0,)), interpret)
 
         @pl.when((i == count[0] - 1) | (group[after] != group[i]))
         def _():

@@ -74,7 +74,7 @@ def causal_conv(
     return run_on_shards(run, x_BTD, arrays, (rows, P(None, d), P(d), rows, P(b)), (rows, rows))
 
 
-def _local(plan, x_BTD, w_WD, bias_D, tail, segment_ids):
+def _local(plan, x_BTD, w_WD, bias_D, tail, segment_ids) -> Any:
     B, _, D = x_BTD.shape
     tail = jnp.zeros((B, w_WD.shape[0] - 1, D), x_BTD.dtype) if tail is None else tail.astype(x_BTD.dtype)
     x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))

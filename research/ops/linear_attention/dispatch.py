@@ -162,7 +162,8 @@ def _local_step(implementation, scale, q_BGK, k_BGK, v_BHV, state_BHKV, log_deca
         g_BH = jnp.broadcast_to(g_BH, v_BHV.shape[:2])
     cast = lambda x: None if x is None else x.astype(dtype)  # noqa: E731
     arrays = vary_alike(tuple(cast(x) for x in (q_BGK, k_BGK, v_BHV, g_BH, beta, state_BHKV)))
-    o_BHV, new_BHKV = single.step(implementation, scale, *arrays)
+    stepped: Any = single.step(implementation, scale, *arrays)
+    o_BHV, new_BHKV = stepped
     return o_BHV.astype(v_BHV.dtype), new_BHKV
 
 
