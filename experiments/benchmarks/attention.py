@@ -27,7 +27,7 @@ from research.ops.sparse_attention import PRECISIONS, select
 WIDTH = 256
 _LATENT: dict[str, Any] = {"heads": 4, "nope_width": 64, "rope_width": 32, "value_width": 64, "latent": 128}
 # The longest row that is prefilled: beyond it one round takes minutes on a CPU.
-LONGEST_PREFILL = 8192
+LONGEST_PREFILL = 16384
 LAYERS = {
     "full": AttentionConfig(heads=4, key_heads=2, head_width=64),
     "sliding": AttentionConfig(heads=4, key_heads=2, head_width=64, window=512),
