@@ -120,7 +120,6 @@ def _choose(leg, alignment, implementation, clean=False):
     bound = {name: functools.partial(_LEGS[name, leg], alignment=alignment, clean=clean) for name in IMPLEMENTATIONS}
     if implementation is not None:
         return bound[implementation]
-
     # XLA has a real grouped matmul on TPU only; elsewhere it expands ragged_dot to all experts.
     forms = {"tpu": bound["ragged_dot"], "cpu": bound["looped"], "default": bound["tiled"]}
     return lambda *arrays: jax.lax.platform_dependent(*arrays, **forms)

@@ -17,15 +17,16 @@ PARTLY = ("importance loss of weights", "load loss", "importance and load losses
 CASES = [(router, name) for router, balancers in RUNS.items() for name in balancers if name != "none"]
 
 
-def check(name, balanced, before):
+def check(router, name, balanced, before):
     assert before["dead_experts"] >= EXPERTS // 2 and before["max_violation"] > 2
-    assert balanced["error"] < (0.9 if name in PARTLY else 0.85) * before["error"]
-    if name in PARTLY:
-        assert balanced["dead_experts"] < before["dead_experts"]
-    else:
-        assert balanced["dead_experts"] == 0 and balanced["max_violation"] < 1
+    # Fixed noise alone halves the error already: what is left to win is less.
+    noise_helps = (router, name) == ("fixed noise (V-MoE)", "importance loss of probabilities, load loss")
+    assert balanced["error"] < (0.85 if noise_helps else 0.8) * before["error"]
+    assert balanced["dead_experts"] <= (before["dead_experts"] // 2 if name in PARTLY else 0)
     if name in DEVICES:
         assert balanced["device_violation"] < 0.3 < before["device_violation"]
+    else:
+        assert balanced["max_violation"] < 1
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def ran(router, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("router", "name"), CASES)
 def test_every_balancer_keeps_experts_in_use(router, name):
-    check(name, ran(router, name), ran(router, "none"))
+    check(router, name, ran(router, name), ran(router, "none"))
 
 
 @pytest.mark.parametrize(("router", "name"), CASES)
@@ -46,5 +47,5 @@ def test_what_was_measured(router, name):
     assert {key: list(runs) for key, runs in result["results"].items()} == {
         key: list(runs) for key, runs in RUNS.items()
     }
-    check(name, *(result["results"][router][run] for run in (name, "none")))
+    check(router, name, *(result["results"][router][run] for run in (name, "none")))
     assert f"{result['steps']:,} steps" in str(collapse.__doc__)
