@@ -40,7 +40,7 @@ class Composed(nn.Module):
         state, stored = model.state(), load_file(f"{directory}/model.safetensors")
         for name in set(state) & set(stored):
             state[name].copy_(stored[name])
-        return model, {"missing": set(state) - set(stored), "unexpected": set(stored) - set(state)}
+        return model, {"missing_keys": set(state) - set(stored), "unexpected_keys": set(stored) - set(state)}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters under the names of the hub."""
