@@ -21,7 +21,8 @@ class Context:
       cached_B: tokens each row's cache already holds; None without a cache.
       key: for layers that draw at random; None where the call is deterministic.
       deterministic: no layer may draw at random or use training-only behaviour.
-      remat: layers that run layers of their own recompute each unit of them in the backward pass, as the model does.
+      remat: units, those of layers that run layers of their own too, are recomputed in the backward pass, but for the results of
+        the ops named here (``research.ops.kept``); None recomputes nothing.
       selected_BTN: the keys that the last layer to hand its selection on chose (``research.ops.sparse_attention``).
     """
 
@@ -31,7 +32,7 @@ class Context:
     cached_B: Int[Array, " B"] | None = None
     key: Array | None = None
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
-    remat: bool = dataclasses.field(default=False, metadata={"static": True})
+    remat: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     selected_BTN: Int[Array, "B T N"] | None = None
 
 

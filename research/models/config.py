@@ -23,6 +23,7 @@ from research.layers.moe import MoEConfig, ReinforceRouter
 from research.layers.norms import RMSNormConfig
 from research.layers.retnet import RetNetConfig
 from research.layers.routed_attention import RoutedAttentionConfig
+from research.ops import kept
 from research.ops.dynamic_chunking import ChunkStatistics, ratio_loss
 
 # Add a mechanism's configuration here, and every preset, command and checkpoint knows it.
@@ -144,6 +145,8 @@ class ModelConfig:
       dtype: computed in. Routers, states and losses stay in float32.
       param_dtype: parameters are stored in.
       remat: recompute each unit in the backward pass instead of storing its activations; over chunks too.
+      remat_keeps: ops whose results are stored all the same, so that they run once: of attention, causal_conv, experts,
+        linear_attention.
       unroll: repeats of a stage that are compiled side by side: spares the copies a scan makes of what it saves, for
         compilation that takes as many times longer.
       mtp: heads that predict tokens further ahead; None for none.
@@ -161,6 +164,7 @@ class ModelConfig:
     dtype: DType = "float32"
     param_dtype: DType = "float32"
     remat: bool = False
+    remat_keeps: tuple[str, ...] = ()
     unroll: int = 1
     mtp: MTPConfig | None = None
 
@@ -169,6 +173,8 @@ class ModelConfig:
         for field in ("vocab_size", "width", "unroll"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if unknown := [name for name in self.remat_keeps if name not in kept.NAMES]:
+            raise ValueError(f"remat_keeps names {unknown[0]!r}; what may be kept: {', '.join(kept.NAMES)}")
 
     @property
     def layers(self) -> tuple[Residual, ...]:

@@ -79,7 +79,8 @@ class LanguageModel(nnx.Module):
         """The normalised last hidden states [B, T, D] with the cache and auxiliaries (see ``__call__``)."""
         cached_B = None if cache is None else cache.length_B
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
-        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, key is None, self.config.remat)
+        remat = self.config.remat_keeps if self.config.remat else None
+        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, key is None, remat)
         x_BTD = without_padding(self.embed(tokens_BT), context)  # padding may hold any id, out of range included
         before = None if cache is None else cache.stages
         x_BTD, states, auxes = run_stages(self.stages, x_BTD, before, context, unroll=self.config.unroll)

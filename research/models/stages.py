@@ -13,6 +13,7 @@ from flax import nnx
 from research.layers.context import Context, HandedOn
 from research.layers.place import Place, Placed
 from research.models.config import Residual, TokenMixer
+from research.ops.kept import keeping
 from research.sharding.mesh import on_mesh
 
 
@@ -149,7 +150,7 @@ def run_stage(stacked: Unit, x_BTD, states, context: Context, *, unroll: int):
         if shape is not None:
             spec = shape.sharding.spec if on_mesh() else None
             selected_BTN = jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
-    body = jax.checkpoint(body) if context.remat else body
+    body = body if context.remat is None else jax.checkpoint(body, policy=keeping(context.remat))
     carry, (states, auxes) = jax.lax.scan(body, (x_BTD, selected_BTN), (stacked, states), unroll=unroll)
     return *carry, states, auxes
 

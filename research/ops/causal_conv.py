@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.causal_conv import tpu
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
+from research.ops.kept import keepable
 from research.ops.segments import real_and_reset, select
 from research.ops.sequence_shards import compose, previous_id
 
@@ -135,7 +136,7 @@ def _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
 
 
 def _convolve_forward(plan, *arrays):
-    return _convolve(plan, *arrays), arrays
+    return keepable(_convolve(plan, *arrays), "causal_conv"), arrays
 
 
 def _convolve_backward(plan, arrays, dy_BTD):

@@ -10,6 +10,7 @@ from research.axes import Array, Float, Int
 from research.ops.attention import blocked, kernels
 from research.ops.attention.dense import dense
 from research.ops.attention.masks import Tokens, tokens_of
+from research.ops.kept import keepable
 
 IMPLEMENTATIONS = ("dense", "blocked", "splash", "splash_interpret", "cudnn")
 # Scores per row and head up to which all of them at once are faster than blocks, and few enough queries for any row.
@@ -131,6 +132,7 @@ def _forward(plan, *arrays):
         return run
 
     o_BTHV, lse_BHT = _choose(plan, arrays, functools.partial(blocked.forward, plan), wrap)
+    o_BTHV, lse_BHT = keepable((o_BTHV, lse_BHT), "attention")
     return o_BTHV, (*arrays, o_BTHV, lse_BHT)
 
 

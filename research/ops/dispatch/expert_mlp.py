@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from research.axes import Array, Float
 from research.ops.dispatch.groups import Groups, combine, dispatch, gather_sum, spread, zero_groups
 from research.ops.grouped_matmul import check_implementation, clean_leg
+from research.ops.kept import keepable
 
 
 def expert_mlp(
@@ -47,10 +47,9 @@ def expert_mlp(
     weights = (w_EDN.astype(x_TD.dtype), w_EFD.astype(x_TD.dtype))
     if b_EN is not None or b_EO is not None:
         add_in, add_out = (_bias_rows(b, groups, x_TD.dtype) for b in (b_EN, b_EO))
-        h_MN = checkpoint_name(
-            groups.matmul(dispatch(x_TD, groups), weights[0], implementation) + add_in, "expert_hidden"
-        )
-        return combine(groups.matmul(activation(h_MN), weights[1], implementation) + add_out, groups)
+        h_MN = keepable(groups.matmul(dispatch(x_TD, groups), weights[0], implementation) + add_in, "experts")
+        y_MO = groups.matmul(activation(h_MN), weights[1], implementation) + add_out
+        return keepable(combine(keepable(y_MO, "experts"), groups), "experts")
     return _expert_mlp(x_TD, *weights, groups.weight_M, groups, activation, implementation)
 
 
@@ -86,9 +85,9 @@ def _expert_mlp(*arguments):
 
 
 def _expert_mlp_forward(x_TD, w_EDN, w_EFD, weight_M, groups, activation, implementation):
-    h_MN = checkpoint_name(_leg("product", spread(x_TD, groups), w_EDN, groups, implementation), "expert_hidden")
+    h_MN = keepable(_leg("product", spread(x_TD, groups), w_EDN, groups, implementation), "experts")
     a_MF = _weighted_activation(h_MN, weight_M, groups, activation)
-    y_TO = gather_sum(_leg("product", a_MF, w_EFD, groups, implementation), groups)
+    y_TO = keepable(gather_sum(_leg("product", a_MF, w_EFD, groups, implementation), groups), "experts")
     return y_TO, (x_TD, w_EDN, w_EFD, weight_M, groups, h_MN)
 
 

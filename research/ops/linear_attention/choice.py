@@ -9,9 +9,9 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.linear_attention import tpu
+from research.ops.kept import keepable
 from research.ops.linear_attention import chunked
 
 
@@ -60,8 +60,7 @@ def attend(plan, q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV):
 
 
 def _attend_forward(plan, *inputs):
-    o_BTHV, state_BHKV, saved_NBHKV = _choose(plan, "forward", inputs, save=True)
-    saved_NBHKV = checkpoint_name(saved_NBHKV, "linear_attention_states")
+    o_BTHV, state_BHKV, saved_NBHKV = keepable(_choose(plan, "forward", inputs, save=True), "linear_attention")
     return (o_BTHV, state_BHKV), (inputs[:-1], saved_NBHKV)
 
 
