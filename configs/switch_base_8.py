@@ -1,10 +1,12 @@
-"""The Switch Transformer's experts (Fedus et al. 2021, arXiv 2101.03961) at the width of Switch-Base with 8 of them, in a
-decoder: one expert a token in every other layer, with a capacity of 1.25 per sequence; what overflows passes by.
+"""Switch-Base with 8 experts (Fedus et al. 2021, arXiv 2101.03961) as a decoder: one expert a token in every other layer, with
+a capacity of 1.25 per sequence; what overflows passes by.
 
-Published, it is T5: an encoder and a decoder, relative position biases instead of RoPE, feed-forward layers without a gate.
+Published, it is T5: an encoder and a decoder of 12 layers each, attention between them, relative position biases instead of
+RoPE. Here are the 24 layers and the published widths (the authors' T5X configuration, google/flaxformer,
+switch_classic_base.gin). Other sizes are ``switch_base_128``, ``switch_large_128``, ``switch_xxl_128`` and ``switch_c_2048``.
 
 Command:  python -m experiments.train switch_base_8 data.source.paths='["corpus/*"]'
-Cost:     0.3 billion parameters: days on one accelerator.
+Cost:     0.6 billion parameters: days on one accelerator.
 Expected: no run of it has been made here; the paper's figure 4 compares its speed with T5's.
 """
 
@@ -20,7 +22,7 @@ from research.training.optimizers import OptimizerConfig
 SWITCH = MoEConfig(
     experts=8,
     per_token=1,
-    hidden=2048,
+    hidden=3072,
     shared_hidden=0,
     activation=Activation("relu"),
     router=TopKRouter(renormalise=False, jitter=0.01),
@@ -37,11 +39,11 @@ CONFIG = ExperimentConfig(
             Residual(
                 "attention", AttentionConfig(heads=12, key_heads=12, rotary_fraction=1.0, gated=False, qk_norm=None)
             ),
-            Residual("mlp", MLPConfig(2048)),
+            Residual("mlp", MLPConfig(3072, Activation("relu"))),
             Residual("switch", SWITCH),
         ),
         pattern=("attention", "mlp", "attention", "switch"),
-        repeats=6,
+        repeats=12,
         tie_embeddings=True,
         dtype="bfloat16",
     ),

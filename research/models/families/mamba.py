@@ -21,11 +21,9 @@ def model(keys: Keys, select_norm_eps: float | None = None) -> ModelConfig:
     # Of the authors' own configuration, left in some directories; what they say, the keys above repeat.
     keys.inert("d_inner", "d_model", "fused_add_norm", "n_layer", "rms_norm", "ssm_cfg", "pad_vocab_size_multiple")
     width, rank = keys["hidden_size"], keys.get("time_step_rank", "auto")
-    channels = int(keys.get("expand", 2) * width)
-    if keys.get("intermediate_size", channels) != channels:
-        keys.refuse(f"intermediate_size must be expand times hidden_size, {channels}, got {keys['intermediate_size']}")
     mamba = MambaConfig(
-        channels=channels,
+        # Falcon Mamba's says expand: 16 beside the intermediate_size that its tensors have.
+        channels=keys.get("intermediate_size", int(keys.get("expand", 2) * width)),
         state_width=keys["state_size"],
         dt_rank=-(-width // 16) if rank == "auto" else rank,
         taps=keys["conv_kernel"],

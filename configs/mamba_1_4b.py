@@ -1,0 +1,19 @@
+"""Mamba 1.4B (Gu & Dao 2023, arXiv 2312.00752), at its published dimensions.
+
+Command:  python -m experiments.train mamba_1_4b data.source.paths='["corpus/*"]'
+Cost:     1.4B parameters: for a mesh of many accelerators.
+Expected: what the paper reports; no run of it has been made here.
+"""
+
+import dataclasses
+
+from configs import mamba_130m as sibling
+from research.models.families import model_config
+
+# Mamba 130M's config.json at another size.
+HUB = sibling.HUB | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+}
+
+CONFIG = dataclasses.replace(sibling.CONFIG, model=dataclasses.replace(model_config(HUB), dtype="bfloat16", remat=True))
