@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ from research.config import to_dict
 from research.interop.assembly import Assembly
 from research.interop.stored_tensors import StoredTensors, matches, write
 from research.models.config import DType, ModelConfig
-from research.models.families import family_of, model_config
+from research.models.families import family_of, model_config, text_part
 from research.models.hub import Family, Keys, ModelViews, Tensor, View
 from research.models.hub.tensors import variables_of
 from research.models.language_model import LanguageModel
@@ -42,7 +42,7 @@ def load(
 ) -> LanguageModel:
     """The model of a Hugging Face directory.
 
-    On the mesh that is set (``jax.set_mesh``), its parameters spread as they declare; with none, on one device. Tensors are
+    Of a multimodal model the language model. On the mesh that is set (``jax.set_mesh``), its parameters spread as they declare; with none, on one device. Tensors are
     read one at a time, in the order of the files. Routers, decay rates and step sizes stay in float32.
 
     Args:
@@ -63,10 +63,14 @@ def load(
     stores = _dtype_name("param_dtype", param_dtype)
     computes = stores if dtype is None else _dtype_name("dtype", dtype)
     config = dataclasses.replace(config, param_dtype=stores, dtype=computes)
-    shapes = stored.shapes()
-    model, tensors = _described(family, config)
+    found = {name: family.spelled(name) for name in stored.shapes()}
+    if len(set(found.values())) != len(found):
+        twice = sorted(name for name in found if list(found.values()).count(found[name]) > 1)
+        raise ValueError(f"{directory} holds tensors under two names: {_few(twice)}")
+    shapes = {found[name]: shape for name, shape in stored.shapes().items()}
+    model, tensors = _described(family, config, shapes)
     if config.mtp is not None:
-        plain, without = _described(family, dataclasses.replace(config, mtp=None))
+        plain, without = _described(family, dataclasses.replace(config, mtp=None), shapes)
         heads = [name for name in tensors if name not in without]
         if not any(name in shapes for name in heads):
             say(f"{directory} holds no multi-token prediction heads, which its config.json announces: loaded without")
@@ -75,9 +79,9 @@ def load(
     if besides:
         say(f"left out {len(besides)} tensors that the model has no use for: {_few(besides)}")
     arrays = Assembly(model, tensors.values())
-    for name in shapes:
-        if name in tensors:
-            for view, values in tensors[name].parts(stored.read(name)):
+    for name, known in found.items():
+        if known in tensors:
+            for view, values in tensors[known].parts(stored.read(name)):
                 arrays.write(view, values)
     return arrays.finish()
 
@@ -88,12 +92,14 @@ def save(
     """Writes a directory that ``transformers`` and ``load`` open, in the dtypes that the parameters are stored in.
 
     Args:
-      config: the config.json to write, as JSON values. It must describe the model.
+      config: the config.json to write, as JSON values. It must describe the model. Of a multimodal one the part of the language
+        model is written.
       texts: further files by name, such as the tokenizer's.
 
     Raises:
       ValueError: config describes another model; names what differs. Or the directory exists and isn't empty.
     """
+    config = text_part(config)
     check_describes(config, model.config)
     values = {name: variable[...] for name, variable in variables_of(model)}
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(ModelViews(model))}
@@ -128,7 +134,8 @@ def check_describes(hub: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a directory; raises ValueError where there is none, or no JSON object."""
+    """The config.json of a directory, of a multimodal model its language model's; raises ValueError where there is none, no
+    JSON object, or what ``text_part`` refuses."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{directory} holds no {CONFIG_FILE}: it must be a Hugging Face model's directory")
@@ -138,13 +145,24 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(hub, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(hub).__name__}")
-    return hub
+    return text_part(hub)
 
 
-def _described(family: Family, config: ModelConfig) -> tuple[LanguageModel, dict[str, Tensor]]:
-    """The model with shapes for arrays, and the tensors it is made from by name."""
+def _described(family: Family, config: ModelConfig, stored: Container[str]) -> tuple[LanguageModel, dict[str, Tensor]]:
+    """The model with shapes for arrays, and the tensors it is made from by name, as the checkpoint has stored them."""
     model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0)))
-    return model, {tensor.name: tensor for tensor in family.tensors(ModelViews(model))}
+    views = ModelViews(model)
+    tensors = {tensor.name: tensor for tensor in family.tensors(views)}
+    fused = [tensor for tensor in family.fused(views) if tensor.name in stored]
+    of_leaf: dict[str, list[Tensor]] = {}
+    for tensor in tensors.values() if fused else ():
+        of_leaf.setdefault(tensor.views[0].leaf, []).append(tensor)
+    for whole in fused:
+        for part in of_leaf[whole.views[0].leaf]:
+            if all(any(view.within(other) for other in whole.views) for view in part.views):
+                tensors.pop(part.name, None)
+        tensors[whole.name] = whole
+    return model, tensors
 
 
 def _check(

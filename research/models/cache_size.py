@@ -1,10 +1,9 @@
 """How many bytes a model keeps of its rows while it decodes."""
 
 import jax
-from flax import nnx
 
 from research.models.config import ModelConfig
-from research.models.language_model import LanguageModel
+from research.models.parameter_count import model_of_shapes
 
 
 def cache_bytes(config: ModelConfig, length: int, dtype=None) -> int:
@@ -23,8 +22,8 @@ def cache_bytes_per_token(config: ModelConfig, dtype=None, *, length: int = 1 <<
 
 
 def _cache_bytes(config: ModelConfig, lengths: tuple[int, ...], dtype) -> list[int]:
-    def states():
-        model = LanguageModel(config, rngs=nnx.Rngs(params=0))
+    def states(model):
         return [model.init_cache(1, length, dtype).stages for length in lengths]
 
-    return [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(s)) for s in jax.eval_shape(states)]
+    sizes = jax.eval_shape(states, model_of_shapes(config))
+    return [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(s)) for s in sizes]

@@ -1,5 +1,6 @@
 """How many parameters a model has, and how many of them work on a token: by shapes alone."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ class ParameterCount(NamedTuple):
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Of a model of ``config``, which is not built."""
-    model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0)))
+    model = model_of_shapes(config)
     total, active, named = 0, 0.0, {}
     for name, variable in variables_of(model):
         if not isinstance(variable, nnx.Param) or name.startswith("mtp."):
@@ -41,6 +42,12 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
         total, named[name] = total + size, size
         active += size * _share(model, name)
     return ParameterCount(total, round(active), named["embedding_VD"], named.get("head_DV", 0))
+
+
+@functools.lru_cache(maxsize=1)
+def model_of_shapes(config: ModelConfig) -> LanguageModel:
+    """A model with shapes in place of arrays, to count by: where they would lie is not to be asked of it."""
+    return jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0)))
 
 
 def _share(model: LanguageModel, name: str) -> float:

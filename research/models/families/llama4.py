@@ -1,5 +1,8 @@
 """Llama 4 (Meta 2025), its language model: attention within chunks, and every few layers to all without positions; an expert's
-input is weighted, not its output."""
+input is weighted, not its output.
+
+The hub's directories are multimodal: config.json nests the language model in ``text_config``, its tensors lie under
+``language_model``, and those of the vision tower are left out."""
 
 from collections.abc import Iterator
 
@@ -12,6 +15,7 @@ from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, j
 
 def config(keys: Keys) -> ModelConfig:
     keys.only("hidden_act", "silu")
+    keys.inert("for_llm_compressor")
     norm, depth = parts.rms_norm(keys, eps=1e-5), keys["num_hidden_layers"]
     turning = parts.rope(keys, theta=500_000.0)
     chunk, tuned = keys.get("attention_chunk_size", 8192), keys.get("attn_temperature_tuning", True)
@@ -71,4 +75,12 @@ def tensors(model: ModelViews) -> Iterator[Tensor]:
     return parts.decoder(model, parts.attention, feed_forward, inner="feed_forward.")
 
 
-FAMILY = Family(model_types=("llama4_text",), architectures=("Llama4ForCausalLM",), config=config, tensors=tensors)
+FAMILY = Family(
+    model_types=("llama4_text",),
+    architectures=("Llama4ForCausalLM",),
+    config=config,
+    tensors=tensors,
+    ignored=(r"vision_model\..*", r"multi_modal_projector\..*"),
+    multimodal=("Llama4ForConditionalGeneration",),
+    spellings=((r"^language_model\.", ""),),
+)

@@ -1,6 +1,7 @@
 """Qwen3.5, dense, its language model (Qwen Team 2026): Qwen3-Next's mixers with their projections stored apart.
 
-Its head ahead is Qwen3-Next's too; config.json announces it as ``mtp_num_hidden_layers: 1``.
+The hub's directories are multimodal: config.json nests the language model in ``text_config``, its tensors lie under
+``model.language_model``, and those of the vision tower are left out. Its head ahead is Qwen3-Next's too; config.json announces it as ``mtp_num_hidden_layers: 1``.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ def model(keys: Keys, feed_forward: Residual) -> ModelConfig:
     """Of Qwen3.5, dense or with experts."""
     keys.only("hidden_act", "silu")
     keys.only("attn_output_gate", True)
+    # The gate on the recurrence's output: SiLU by another name.
+    keys.only("output_gate_type", "swish", "silu")
+    keys.only("mlp_only_layers", [])
     keys.inert("mamba_ssm_dtype", "full_attention_interval")
     mixers = qwen3_next.mixers(keys)
     layers = [(mixers[kind], feed_forward) for kind in qwen3_next.layer_types(keys)]
@@ -49,5 +53,7 @@ FAMILY = Family(
     architectures=("Qwen3_5ForCausalLM",),
     config=config,
     tensors=tensors,
-    ignored=(r"mtp\..*",),
+    ignored=(r"mtp\..*", r"model\.visual\..*"),
+    multimodal=("Qwen3_5ForConditionalGeneration",),
+    spellings=((r"^model\.language_model\.", "model."),),
 )

@@ -8,7 +8,6 @@ from research.models.hub import Family, Keys
 def config(keys: Keys) -> ModelConfig:
     # Weights of the chosen experts always add up to one.
     keys.only("norm_topk_prob", True)
-    keys.only("mlp_only_layers", [])
     keys.inert("intermediate_size")
     return qwen3_5.model(keys, Residual("experts", qwen3_next.experts(keys), pre_norm=qwen3_next.norm(keys)))
 
@@ -18,5 +17,8 @@ FAMILY = Family(
     architectures=("Qwen3_5MoeForCausalLM",),
     config=config,
     tensors=qwen3_5.tensors,
-    ignored=(r"mtp\..*",),
+    ignored=qwen3_5.FAMILY.ignored,
+    multimodal=("Qwen3_5MoeForConditionalGeneration",),
+    spellings=qwen3_5.FAMILY.spellings,
+    fused=qwen3_next.fused,
 )

@@ -107,6 +107,15 @@ def recurrence(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     yield parts.linear(f"{prefix}out_proj.weight", branch["mixer.w_out_ND"])
 
 
+def fused(model: ModelViews) -> Iterator[Tensor]:
+    """Experts together, as Qwen3.5's checkpoints have them."""
+    feeds = [(f"model.layers.{n}.mlp.", branch) for n, branch in enumerate(model.branches[1::2])]
+    feeds += [("mtp.layers.0.mlp.", head.branches[1]) for head in model.heads]
+    for prefix, branch in feeds:
+        if isinstance(branch.residual.mixer, MoEConfig):
+            yield from parts.fused_experts(prefix, branch)
+
+
 def tensors(model: ModelViews, deltanet=gated_deltanet) -> Iterator[Tensor]:
     yield from parts.ends(model)
     for n in range(len(model.branches) // 2):

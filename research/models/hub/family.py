@@ -1,6 +1,7 @@
 """What a published family says of itself."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ class Family:
       config: the model that a config.json describes. It reads every key that changes the mathematics.
       tensors: every tensor of the published checkpoint as views of the model's own arrays. It serves both ways, so each
         element of the model appears exactly once.
+      multimodal: values of ``architectures`` of models whose ``text_config`` is the family's.
+      spellings: pairs for ``re.sub`` from names of tensors in such checkpoints to those that ``tensors`` knows.
+      fused: tensors that hold what several of ``tensors`` do; those that a checkpoint has are read in their place.
       matches: whether it reads a config.json that names neither a model_type nor architectures.
       ignored: regular expressions of tensors that a checkpoint may hold besides, and that the model has no use for.
     """
@@ -28,6 +32,9 @@ class Family:
     config: Callable[[Keys], ModelConfig]
     tensors: Callable[[ModelViews], Iterable[Tensor]]
     ignored: tuple[str, ...] = ()
+    multimodal: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    fused: Callable[[ModelViews], Iterable[Tensor]] = lambda model: ()
     matches: Callable[[Mapping[str, Any]], bool] = lambda hub: False
 
     def reads(self, hub: Mapping[str, Any]) -> bool:
@@ -37,3 +44,9 @@ class Family:
             return self.matches(hub)
         of_kind = kind is None or kind in self.model_types
         return of_kind and (not classes or bool(set(classes) & set(self.architectures)))
+
+    def spelled(self, name: str) -> str:
+        """The name by which ``tensors`` knows a tensor of a checkpoint."""
+        for pattern, replacement in self.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name

@@ -5,7 +5,8 @@ from typing import Any
 
 # Keys without influence on what a loaded model computes: how it was trained, how it is sampled from, who wrote it.
 INERT = {
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+    "auto_map", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob",
     "id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type",
     "name_or_path", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",

@@ -179,6 +179,12 @@ def experts(
         yield linear(f"{prefix}experts.{e}.{names[2]}.weight", w_out_EFD[e])
 
 
+def fused_experts(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
+    """All experts' gate and up, and down, each stored [expert, out, in], as transformers 5 holds them."""
+    yield joined(f"{prefix}experts.gate_up_proj", branch["mixer.w_in_EDF"].T)
+    yield joined(f"{prefix}experts.down_proj", branch["mixer.w_out_EFD"].T)
+
+
 def shared_expert(prefix: str, branch: BranchViews) -> Iterator[Tensor]:
     """The expert that every token visits."""
     yield from gated_mlp(prefix, branch, "mixer.w_shared_in_DF", "mixer.w_shared_out_FD")

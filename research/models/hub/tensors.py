@@ -41,6 +41,12 @@ class View:
         sizes = [part.stop - part.start for part in self.box]
         return self.of(np.broadcast_to(np.int8(0), sizes)).shape
 
+    def within(self, other: "View") -> bool:
+        """Whether it is part of ``other``, however they are turned."""
+        if self.leaf != other.leaf:
+            return False
+        return all(b.start <= a.start and a.stop <= b.stop for a, b in zip(self.box, other.box, strict=True))
+
     @property
     def T(self) -> "View":
         """The last two axes exchanged."""
