@@ -60,7 +60,7 @@ def causal_conv(
     """
     check_arguments(x_BTD, w_WD, bias_D, tail, segment_ids, activation)
     check_implementation(implementation, x_BTD, w_WD)
-    run = functools.partial(_local, (activation, implementation))
+    run = functools.partial(_local, (activation, implementation, axis_name is None))
     arrays = (x_BTD, w_WD, bias_D, tail, segment_ids)
     if axis_name is not None:
         entering, last = _entering_tail(x_BTD, w_WD.shape[0] - 1, tail, segment_ids, axis_name)
@@ -81,9 +81,9 @@ def _local(plan, x_BTD, w_WD, bias_D, tail, segment_ids) -> Any:
     x_BTD, w_WD, bias_D, tail, segment_ids = vary_alike((x_BTD, w_WD, bias_D, tail, segment_ids))
     # One tap looks back at nothing, and XLA:CPU dies of the sum over devices of an empty gradient.
     if w_WD.shape[0] == 1:
-        return _convolve(plan, x_BTD, w_WD, bias_D, None, segment_ids), tail
-    y_BTD = _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids)
-    return y_BTD, _next_tail(x_BTD, tail, segment_ids)
+        out: Any = _convolve(plan, x_BTD, w_WD, bias_D, None, segment_ids)
+        return out[0], tail
+    return _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids)
 
 
 def _entering_tail(x_BTD, taps, tail, segment_ids_BT, axis_name):
@@ -114,35 +114,61 @@ def _entering_tail(x_BTD, taps, tail, segment_ids_BT, axis_name):
 
 def _next_tail(x_BTD, tail, segment_ids_BT):
     """The last W − 1 real tokens of the row's last segment, or of the old tail where that segment began before it."""
-    row_BSD, taps = jnp.concatenate([tail, x_BTD], axis=1), tail.shape[1]
-    if segment_ids_BT is None:
+    row_BSD = jnp.concatenate([tail, x_BTD], axis=1)
+    index_BW, within_BW = _next_places(tail.shape[1], segment_ids_BT)
+    if index_BW is None:
         return row_BSD[:, x_BTD.shape[1] :]
+    new_tail = jnp.take_along_axis(row_BSD, index_BW[..., None], axis=1)
+    return jnp.where(within_BW[..., None], new_tail, 0)
+
+
+def _next_places(taps, segment_ids_BT) -> Any:
+    """Where in the row with its tail before it the new tail's tokens are, and which are; None where they are the row's last."""
+    if segment_ids_BT is None:
+        return None, None
     real_BT, reset_BT = real_and_reset(segment_ids_BT)
     rank_BT = jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1
     first_B1 = jnp.max(jnp.where(reset_BT, rank_BT, -taps), axis=1, keepdims=True)
     wanted_BW = rank_BT[:, -1:] + 1 + jnp.arange(-taps, 0, dtype=jnp.int32)
     # The token of a rank is the first whose running count reaches it; ranks below 0 lie in the tail.
     place_BW = jax.vmap(jnp.searchsorted)(rank_BT, wanted_BW).astype(jnp.int32)
-    index_BW = jnp.where(wanted_BW < 0, wanted_BW, place_BW) + taps
-    new_tail = jnp.take_along_axis(row_BSD, index_BW[..., None], axis=1)
-    return jnp.where((wanted_BW >= first_B1)[..., None], new_tail, 0)
+    return jnp.where(wanted_BW < 0, wanted_BW, place_BW) + taps, wanted_BW >= first_B1
+
+
+def _add_next_tail(dx_BTD, dtail, dnext, segment_ids_BT):
+    """(dx, dtail) with what the new tail's gradient sends back: autodiff would pass over all of dx once more for a few rows."""
+    T, taps = dx_BTD.shape[1], dnext.shape[1]
+    index_BW, within_BW = _next_places(taps, segment_ids_BT)
+    if index_BW is None:
+        inside = min(T, taps)
+        dx_BTD = dx_BTD.at[:, T - inside :].add(dnext[:, taps - inside :].astype(dx_BTD.dtype))
+        return dx_BTD, dtail.at[:, T:].add(dnext[:, : max(0, taps - T)].astype(dtail.dtype)) if taps > T else dtail
+    dnext, rows_B1 = jnp.where(within_BW[..., None], dnext, 0), jnp.arange(len(dnext))[:, None]
+    in_row_BW = jnp.where(index_BW >= taps, index_BW - taps, T)
+    dx_BTD = dx_BTD.at[rows_B1, in_row_BW].add(dnext.astype(dx_BTD.dtype), mode="drop")
+    return dx_BTD, dtail.at[rows_B1, index_BW].add(dnext.astype(dtail.dtype), mode="drop")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids_BT):
-    """The outputs for a plan (activation, implementation); no tail with one tap. Only the inputs are kept for the backward
-    pass."""
-    return _choose(plan, "forward", (x_BTD, w_WD, bias_D, tail, segment_ids_BT))
+def _convolve(plan, x_BTD, w_WD, bias_D, tail, segment_ids_BT) -> Any:
+    """(outputs, new tail) for a plan (activation, implementation, whether there is a new tail); no tails with one tap. Only the
+    inputs are kept for the backward pass."""
+    *plan, last = plan
+    y_BTD = _choose(plan, "forward", (x_BTD, w_WD, bias_D, tail, segment_ids_BT))
+    return y_BTD, _next_tail(x_BTD, tail, segment_ids_BT) if last and tail is not None else None
 
 
 def _convolve_forward(plan, *arrays):
     return keepable(_convolve(plan, *arrays), "causal_conv"), arrays
 
 
-def _convolve_backward(plan, arrays, dy_BTD):
-    segment_ids_BT = arrays[-1]
+def _convolve_backward(plan, arrays, cotangents):
+    (dy_BTD, dnext), segment_ids_BT = cotangents, arrays[-1]
     ids_gradient = None if segment_ids_BT is None else np.zeros(segment_ids_BT.shape, jax.dtypes.float0)
-    return *_choose(plan, "backward", (*arrays, dy_BTD)), ids_gradient
+    dx_BTD, dw_WD, dbias_D, dtail = _choose(plan[:2], "backward", (*arrays, dy_BTD))
+    if dnext is not None:
+        dx_BTD, dtail = _add_next_tail(dx_BTD, dtail, dnext, segment_ids_BT)
+    return dx_BTD, dw_WD, dbias_D, dtail, ids_gradient
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
