@@ -71,9 +71,9 @@ def grouped_matmul(
       alignment: above 1 a promise that M is a multiple of it, and that the group sizes are as well or are all M / E
         (see `padded_sizes`). Nothing is gathered then: equal groups are one batched product over experts, others one
         over tiles of that many rows. What breaks the promise is undefined.
-      implementation: 'looped' (a loop over tiles; CPU's), 'tiled' (all tiles at once; CUDA's), 'ragged_dot' (XLA's own;
-        TPU's), 'dense' (every row against every expert: the definition), each for any platform; 'pallas_tpu' and
-        'pallas_tpu_interpret'; or None: chosen per platform when lowered, XLA's forms alone so far.
+      implementation: 'looped' (a loop over tiles; CPU's), 'tiled' (all tiles at once; CUDA's), 'ragged_dot' (XLA's own), 'dense'
+        (every row against every expert: the definition), each for any platform; 'pallas_tpu' (TPU's where it serves the
+        dtype and the widths) and 'pallas_tpu_interpret'; or None: chosen per platform when lowered.
 
     Returns:
       y_MN in x's dtype, accumulated in float32 (float64 for float64 inputs).
@@ -120,9 +120,15 @@ def _choose(leg, alignment, implementation, clean=False):
     bound = {name: functools.partial(_LEGS[name, leg], alignment=alignment, clean=clean) for name in IMPLEMENTATIONS}
     if implementation is not None:
         return bound[implementation]
-    # XLA has a real grouped matmul on TPU only; elsewhere it expands ragged_dot to all experts.
-    forms = {"tpu": bound["ragged_dot"], "cpu": bound["looped"], "default": bound["tiled"]}
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, **forms)
+
+    def by_platform(a, b, sizes_E):
+        # XLA has a real grouped matmul on TPU only (elsewhere it expands ragged_dot to all experts), and on TPU the kernel
+        # beats it and megablox in every leg: benchmarks/kernels.md.
+        own = "ragged_dot" if tpu.refuses(a, b) else "pallas_tpu"
+        forms = {"tpu": bound[own], "cpu": bound["looped"], "default": bound["tiled"]}
+        return jax.lax.platform_dependent(a, b, sizes_E, **forms)
+
+    return by_platform
 
 
 def clean_leg(

@@ -115,11 +115,14 @@ def test_cost_follows_rows_not_experts():
 
 
 def test_platform_is_chosen_when_lowered():
-    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 8), (4, 8, 8))]
-    traced = jax.jit(lambda x, w: grouped_matmul(x, w, jnp.full(4, 8))).trace(*arguments)
-    assert "ragged_dot" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "ragged_dot" not in traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "ragged_dot" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    """On TPU the kernel, or XLA's own where it does not serve the dtype; nothing of either elsewhere."""
+    for dtype, form in ((jnp.float32, "tpu_custom_call"), (jnp.float16, "ragged_dot")):
+        arguments = [jax.ShapeDtypeStruct(s, dtype) for s in ((32, 8), (4, 8, 8))]
+        traced = jax.jit(lambda x, w: grouped_matmul(x, w, jnp.full(4, 8))).trace(*arguments)
+        assert form in traced.lower(lowering_platforms=("tpu",)).as_text()
+        for platform in ("cpu", "cuda"):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert "ragged_dot" not in text and "tpu_custom_call" not in text
 
 
 def test_vmap():
