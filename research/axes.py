@@ -25,6 +25,6 @@ A trailing lower-case word (``state_BHKV``) names the thing, never an axis.
 """
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "Shaped"]
+__all__ = ["Array", "Bool", "Float", "Int", "Shaped", "UInt32"]

@@ -20,7 +20,15 @@ from research.layers.parameters import constant, normal, project, read
 from research.ops.attention import attention, tokens_of
 from research.ops.norms import layer_norm
 from research.ops.rope import RopeLayout, rope
-from research.ops.sparse_attention import IndexStatistics, attend_selected, index_divergence, select
+from research.ops.sparse_attention import (
+    IndexStatistics,
+    attend_selected,
+    few_words,
+    index_divergence,
+    select,
+    select_mask,
+    select_words,
+)
 from research.sharding.mesh import P, per_shard
 
 # Keys for each that is selected up to which a prefill is faster that scores them all under a mask.
@@ -174,10 +182,15 @@ class DSA(MLA):
             latent_BSK, index_k_BSK = (x.astype(q_BTHK.dtype) for x in cache)
         S = latent_BSK.shape[1]
         dense = c.top_k >= S or c.stage == "warm_up"
+        prefill = c.prefill or ("masked" if T > 8 and MASKED * c.top_k >= S else "gathered")
+        gathered = not dense and prefill == "gathered"
         if dense:
             selected_BTN = None
         elif index is not None:
-            selected_BTN = select(index_q_BTHK, index_k_BSK, w_BTH, query, source, top_k=c.top_k, precision=c.precision)
+            # The loss and later layers want slots; a mask takes one bit a key, where that is less.
+            slots_wanted = gathered or learns or self.hands_on or not few_words(S, c.top_k)
+            choose = select if slots_wanted else select_mask
+            selected_BTN = choose(index_q_BTHK, index_k_BSK, w_BTH, query, source, top_k=c.top_k, precision=c.precision)
         elif selected_BTN is None:
             raise ValueError("indices='shared' needs a layer with indices='given' before it, got none")
         statistics = None
@@ -186,8 +199,6 @@ class DSA(MLA):
                 index_q_BTHK, index_k_BSK, w_BTH, absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None], query, source,
                 scale=c.score_scale, index_BTN=selected_BTN, top_k=c.top_k if c.stage == "warm_up" else None,
             )  # fmt: skip
-        prefill = c.prefill or ("masked" if T > 8 and MASKED * c.top_k >= S else "gathered")
-        gathered = not dense and prefill == "gathered"
         if absorbed or gathered:
             # Gathered latents are read by all heads: keys and values of each would be made for every query anew.
             q_BTHK, k_BSGK = absorb(q_BTHK, w_key_HKN), latent_BSK[:, :, None]
@@ -198,7 +209,11 @@ class DSA(MLA):
             assert selected_BTN is not None
             o_BTHV = attend_selected(q_BTHK, k_BSGK, None, selected_BTN, scale=c.score_scale)
         else:
-            own = {"implementation": c.implementation} if dense else {"selected_BTN": selected_BTN}
+            own: dict[str, Any] = {"implementation": c.implementation}
+            if selected_BTN is not None:
+                slots = selected_BTN.dtype != jnp.uint32
+                as_words = slots and few_words(S, c.top_k)
+                own = {"selected_BTN": select_words(selected_BTN, S) if as_words else selected_BTN}
             options: dict[str, Any] = {"scale": c.score_scale, **mask, **own}
             o_BTHV = attention(q_BTHK, k_BSGK, v_BSGV, **options)
         if absorbed or gathered:

@@ -117,6 +117,21 @@ def test_training_on_a_long_row_fits(stage, prefill):
     assert memory.temp_size_in_bytes < 4 * length**2 / 8
 
 
+def test_a_mask_of_bits_selects_what_is_gathered():
+    """So many keys that a bit each is less than naming those selected: with and without a loss that wants them named."""
+    length, config = 136, dataclasses.replace(SMALL, top_k=130)
+    x_BTD = jax.random.normal(jax.random.key(3), (1, length, D))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(layer, deterministic):
+        return layer(x_BTD, None, Context(jnp.arange(length)[None], deterministic=deterministic))[0]
+
+    masked, gathered = (layer_of(dataclasses.replace(config, prefill=prefill)) for prefill in ("masked", "gathered"))
+    expected = run(gathered, True)
+    for deterministic in (True, False):
+        np.testing.assert_allclose(run(masked, deterministic), expected, atol=2e-6)
+
+
 def test_sparse_is_not_dense():
     x = inputs()
     sparse, dense = (call(layer_of(dataclasses.replace(SMALL, top_k=k)), *x)[0] for k in (4, T))

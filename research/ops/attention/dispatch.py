@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.axes import Array, Float, Int
+from research.axes import Array, Float, Int, UInt32
 from research.ops.attention import blocked, kernels
 from research.ops.attention.dense import dense
 from research.ops.attention.masks import Tokens, tokens_of
 from research.ops.kept import keepable
 
-IMPLEMENTATIONS = ("dense", "blocked", "splash", "splash_interpret", "cudnn")
+IMPLEMENTATIONS = ("dense", "blocked", "splash", "splash_interpret", "cudnn", "pallas_tpu", "pallas_tpu_interpret")
 # Scores per row and head up to which all of them at once are faster than blocks, and few enough queries for any row.
 _DENSE, _FEW = 1 << 18, 8
 # The largest array that says which keys were selected, in bytes.
@@ -46,7 +46,7 @@ def attention(
     source_segment_ids_BS: Int[Array, "B S"] | None = None,
     places_BT: Int[Array, "B T"] | None = None,
     source_places_BS: Int[Array, "B S"] | None = None,
-    selected_BTN: Int[Array, "B T N"] | None = None,
+    selected_BTN: Int[Array, "B T N"] | UInt32[Array, "B T W"] | None = None,
     implementation: str | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -69,9 +69,11 @@ def attention(
       places_BT, source_places_BS: place of each query and key in its document, where they are not the rows themselves: a
         cache's keys are at 0 … S-1 by default, and its queries behind them.
       selected_BTN: distinct slots of the keys that each query sees of those that it could (at least one of them); a slot of S
-        is none. Scores of the others are still computed: ``research.ops.sparse_attention`` reads these alone.
+        is none. Or, as uint32, one bit a key (``research.ops.sparse_attention.select_mask``). Scores of the others are still
+        computed: ``research.ops.sparse_attention`` reads these alone.
       implementation: 'dense' (the definition), 'blocked' (XLA in bounded memory), 'splash' (TPU; its window counts slots,
-        so documents must be without padding inside), 'splash_interpret', 'cudnn'; never falls back. None takes 'dense' for short calls, else chooses for the platform at lowering time.
+        so documents must be without padding inside), 'splash_interpret', 'cudnn', 'pallas_tpu' (selections of one bit a key),
+        'pallas_tpu_interpret'; never falls back. None takes 'dense' for short calls, else chooses for the platform when lowered.
       block_size: tokens a block of 'blocked'; None is 512.
 
     Returns:
@@ -122,68 +124,75 @@ def _attend(plan, *arrays):
 
 def _forward(plan, *arrays):
     """(o, residuals): the residuals have the same shapes whatever runs."""
-
-    def wrap(kernel):
-        def run(*arrays):
-            B, T, H, _ = arrays[0].shape
-            # A kernel's backward pass makes its own.
-            return kernel(plan, *arrays), jnp.zeros((B, H, T), jnp.promote_types(arrays[0].dtype, jnp.float32))
-
-        return run
-
-    o_BTHV, lse_BHT = _choose(plan, arrays, functools.partial(blocked.forward, plan), wrap)
+    o_BTHV, lse_BHT = _choose(plan, arrays, "forward")
     o_BTHV, lse_BHT = keepable((o_BTHV, lse_BHT), "attention")
     return o_BTHV, (*arrays, o_BTHV, lse_BHT)
 
 
 def _backward(plan, residuals, do_BTHV):
-    def wrap(kernel):
-        # The libraries keep their residuals to themselves: their forward pass runs again.
-        def run(q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV):
-            floats = (q_BTHK, k_BSGK, v_BSGV, sinks_H)
-            return jax.vjp(lambda *floats: kernel(plan, *floats, query, source, selected_BTN), *floats)[1](do_BTHV)
-
-        return run
-
-    return *_choose(plan, (*residuals, do_BTHV), functools.partial(blocked.backward, plan), wrap), None, None, None
+    return *_choose(plan, (*residuals, do_BTHV), "backward"), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _choose(plan, arrays, run_blocked, wrap):
-    """``run_blocked(*arrays)``, or ``wrap(kernel)(*arrays)`` with the kernel that the plan or the platform names."""
+def _library(kernel):
+    """(forward, backward) of a kernel that keeps its residuals to itself: its forward pass runs again."""
+
+    def forward(plan, *arrays):
+        B, T, H, _ = arrays[0].shape
+        return kernel(plan, *arrays), jnp.zeros((B, H, T), jnp.promote_types(arrays[0].dtype, jnp.float32))
+
+    def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN, o_BTHV, lse_BHT, do_BTHV):
+        floats = (q_BTHK, k_BSGK, v_BSGV, sinks_H)
+        return jax.vjp(lambda *floats: kernel(plan, *floats, query, source, selected_BTN), *floats)[1](do_BTHV)
+
+    return {"forward": forward, "backward": backward}
+
+
+def _choose(plan, arrays, way):
+    """The blocked form, or the kernel that the plan or the platform names."""
+    run_blocked = functools.partial(getattr(blocked, way), plan)
     if plan.implementation == "blocked":
         return run_blocked(*arrays)
     call = (plan, *arrays[:7])
     if plan.implementation is not None:
-        refuse, kernel, _ = _KERNELS[plan.implementation]
+        refuse, ways, _ = _KERNELS[plan.implementation]
         if why := refuse(*call):
             raise NotImplementedError(f"implementation={plan.implementation!r} cannot serve this call: {why}")
-        return wrap(kernel)(*arrays)
+        return ways[way](plan, *arrays)
 
-    def run_kernel(kernel, miscounts, *arrays):
+    def run_kernel(run, miscounts, *arrays):
         miscounted = miscounts(plan, arrays[4])
         if miscounted is None:
-            return wrap(kernel)(*arrays)
-        return jax.lax.cond(miscounted, run_blocked, wrap(kernel), *arrays)
+            return run(plan, *arrays)
+        return jax.lax.cond(miscounted, run_blocked, functools.partial(run, plan), *arrays)
 
-    platforms = {"tpu": _KERNELS["splash"], "cuda": _KERNELS["cudnn"]}
+    own = "splash" if arrays[6] is None else "pallas_tpu"
     served = {
-        platform: functools.partial(run_kernel, kernel, miscounts)
-        for platform, (refuse, kernel, miscounts) in platforms.items()
+        platform: functools.partial(run_kernel, ways[way], miscounts)
+        for platform, (refuse, ways, miscounts) in {"tpu": _KERNELS[own], "cuda": _KERNELS["cudnn"]}.items()
         if refuse(*call) is None
     }
     return jax.lax.platform_dependent(*arrays, default=run_blocked, **served)
 
 
-_SPLASH = (kernels.refuse_splash, kernels.splash, kernels.splash_miscounts)
-# name: why it can't serve a call, the kernel, and whether it would serve these documents wrongly.
+def _selected(**options):
+    ways = {"forward": kernels.selected_forward, "backward": kernels.selected_backward}
+    ways = {name: functools.partial(run, **options) for name, run in ways.items()}
+    return kernels.refuse_selected, ways, lambda plan, query: None
+
+
+# name: why it can't serve a call, its ways, and whether it would serve these documents wrongly.
 _KERNELS = {
-    "splash": _SPLASH,
-    "splash_interpret": (_SPLASH[0], functools.partial(kernels.splash, interpret=True), _SPLASH[2]),
-    "cudnn": (kernels.refuse_cudnn, kernels.cudnn, lambda plan, query: None),
-}
+    "splash": (kernels.refuse_splash, _library(kernels.splash), kernels.splash_miscounts),
+    "splash_interpret": (
+        kernels.refuse_splash, _library(functools.partial(kernels.splash, interpret=True)), kernels.splash_miscounts
+    ),
+    "cudnn": (kernels.refuse_cudnn, _library(kernels.cudnn), lambda plan, query: None),
+    "pallas_tpu": _selected(),
+    "pallas_tpu_interpret": _selected(interpret=True),
+}  # fmt: skip
 
 
 def _given(segment_ids_BT, places_BT, shape) -> Tokens:

@@ -1,4 +1,4 @@
-"""Kernels of well-kept libraries, where they can serve a call: splash attention on TPU, cuDNN flash attention on GPU.
+"""Kernels where they can serve a call: splash attention on TPU, cuDNN flash attention on GPU, and our own of selected keys.
 
 Each says why it can't serve a call, or None where it can. The answer depends on what is static alone, so that a program can
 be lowered for a platform from a machine without it; cuDNN itself must be present where the call is traced.
@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.sparse_attention import tpu_attend
+from research.ops.explicit_mesh import vary_alike
 
 _LANES = 128
 
@@ -78,6 +81,43 @@ def _make_splash(window, chunk, softcap, T, H, interpret):
             interpret=interpret,
         )
     return kernel, kernels.SegmentIds
+
+
+def refuse_selected(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN) -> str | None:
+    if selected_BTN is None or selected_BTN.dtype != jnp.uint32:
+        return "it serves selections of one bit a key (select_mask)"
+    if plan.window is not None or plan.chunk is not None or plan.softcap is not None or sinks_H is not None:
+        return "it has no window, chunks, soft cap or sinks"
+    return tpu_attend.refuses(q_BTHK, v_BSGV)
+
+
+def selected_forward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, words_BTW, *, interpret: bool = False):
+    """As ``blocked.forward``; what a query may see was asked when its keys were selected."""
+    q_BTHK, k_BSGK, v_BSGV, words_BTW = vary_alike((q_BTHK, k_BSGK, v_BSGV, _signed(words_BTW)))
+    return tpu_attend.forward(q_BTHK, k_BSGK, v_BSGV, words_BTW, interpret=interpret)
+
+
+def selected_backward(
+    plan,
+    q_BTHK,
+    k_BSGK,
+    v_BSGV,
+    sinks_H,
+    query,
+    source,
+    words_BTW,
+    o_BTHV,
+    lse_BHT,
+    do_BTHV,
+    *,
+    interpret: bool = False,
+):
+    arrays = (q_BTHK, k_BSGK, v_BSGV, _signed(words_BTW), o_BTHV, lse_BHT, do_BTHV)
+    return *tpu_attend.backward(*vary_alike(arrays), interpret=interpret), None
+
+
+def _signed(words_BTW):
+    return jax.lax.bitcast_convert_type(words_BTW, jnp.int32)
 
 
 def refuse_cudnn(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN) -> str | None:

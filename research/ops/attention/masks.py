@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.axes import Array, Bool, Int
+from research.axes import Array, Bool, Int, UInt32
 from research.ops.segments import real_and_reset
 
 
@@ -48,11 +48,34 @@ def visible(query: Tokens, source: Tokens, window: int | None = None, chunk: int
     return seen_BTS
 
 
-def chosen(selected_BTN: Int[Array, "B T N"], slots: int) -> Bool[Array, "B T S"]:
-    """Whether each of ``slots`` keys is among a query's; a slot past the last is none."""
-    B, T, _ = selected_BTN.shape
+def chosen(selected: Int[Array, "B T N"] | UInt32[Array, "B T W"], slots: int) -> Bool[Array, "B T S"]:
+    """Whether each of ``slots`` keys is among a query's, who names them (a slot past the last is none) or has a bit for each."""
+    if selected.dtype == jnp.uint32:
+        return _bits(selected, slots)
+    B, T, _ = selected.shape
     rows_B11, queries_1T1 = jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None]
-    return jnp.zeros((B, T, slots), bool).at[rows_B11, queries_1T1, selected_BTN].set(True, mode="drop")
+    return jnp.zeros((B, T, slots), bool).at[rows_B11, queries_1T1, selected].set(True, mode="drop")
+
+
+# Bit j of word g·_LANES + c stands for slot (32·g + j)·_LANES + c: a TPU makes and reads words without moving lanes.
+_LANES, _BITS = 128, 32
+
+
+def words(mask_BTS: Bool[Array, "B T S"]) -> UInt32[Array, "B T W"]:
+    """A selection as one bit a key, in W = 128·⌈S / 4096⌉ words a query."""
+    B, T, S = mask_BTS.shape
+    mask_BTS = jnp.pad(mask_BTS, [(0, 0), (0, 0), (0, -S % (_BITS * _LANES))])
+    bits = mask_BTS.reshape(B, T, -1, _BITS, _LANES).astype(jnp.uint32)
+    place = jnp.arange(_BITS, dtype=jnp.uint32)[:, None]
+    return jnp.sum(bits << place, axis=3, dtype=jnp.uint32).reshape(B, T, -1)
+
+
+def _bits(words_BTW, slots: int):
+    B, T, _ = words_BTW.shape
+    place = jnp.arange(_BITS, dtype=jnp.uint32)[:, None]
+    bits = (words_BTW.reshape(B, T, -1, 1, _LANES) >> place) & 1
+    bits = bits.reshape(B, T, -1)[..., :slots] > 0
+    return jnp.pad(bits, [(0, 0), (0, 0), (0, slots - bits.shape[-1])])
 
 
 def padded(x_BT: Array, block: int) -> Array:

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.axes import Array, Float, Int
+from pallas_kernels.sparse_attention import tpu_select
+from research.axes import Array, Float, Int, UInt32
 from research.ops.attention import Tokens, visible
+from research.ops.attention.masks import chosen, words
+from research.ops.explicit_mesh import vary_alike
 from research.ops.sparse_attention.blocks import map_queries, queries_per_block
 
 PRECISIONS = ("float32", "bfloat16", "float8")
@@ -34,12 +37,7 @@ def index_scores(
       ValueError: an unknown precision, or 'float8' with a width that is no power of two.
     """
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    if precision == "bfloat16":
-        q_BTHK, k_BSK = q_BTHK.astype(jnp.bfloat16), k_BSK.astype(jnp.bfloat16)
-    elif precision == "float8":
-        q_BTHK, k_BSK = round_float8(hadamard(q_BTHK)), round_float8(hadamard(k_BSK))
-    elif precision != "float32":
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    q_BTHK, k_BSK = rounded(q_BTHK, precision), rounded(k_BSK, precision)
     equation = "BTHK,BSK->BTHS" if k_BSK.ndim == 3 else "BTHK,BTSK->BTHS"
     product_BTHS = jnp.einsum(equation, q_BTHK, k_BSK, preferred_element_type=wide)
     return jnp.einsum("BTHS,BTH->BTS", jax.nn.relu(product_BTHS), w_BTH.astype(wide))
@@ -76,6 +74,87 @@ def select(
 
     B, _, H, _ = q_BTHK.shape
     return map_queries(block, (q_BTHK, w_BTH, query), queries_per_block(B * (H + 2) * S))
+
+
+def select_mask(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSK: Float[Array, "B S K"],
+    w_BTH: Float[Array, "B T H"],
+    query: Tokens,
+    source: Tokens,
+    *,
+    top_k: int,
+    precision: str = "float32",
+    implementation: str | None = None,
+) -> UInt32[Array, "B T W"]:
+    """The keys that ``select`` selects, as one bit each, for ``attention(..., selected_BTN=...)``. No gradient passes.
+
+    Args:
+      implementation: 'xla', 'pallas_tpu', 'pallas_tpu_interpret'; never falls back. None chooses for the platform when the
+        call is lowered.
+
+    Raises:
+      ValueError: as ``select``; an unknown implementation.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    if implementation not in (None, "xla", "pallas_tpu", "pallas_tpu_interpret"):
+        raise ValueError(
+            f"implementation must be None, xla, pallas_tpu or pallas_tpu_interpret; got {implementation!r}"
+        )
+    arrays = jax.lax.stop_gradient((q_BTHK, k_BSK, w_BTH))
+    xla = functools.partial(_xla_mask, top_k=top_k, precision=precision)
+    if implementation == "xla":
+        return xla(*arrays, query, source)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    why = tpu_select.refuses(q_BTHK, k_BSK.shape[1])
+    if why and implementation is not None:
+        raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
+    kernel = functools.partial(_kernel_mask, top_k=top_k, precision=precision)
+    if implementation is not None:
+        return kernel(*arrays, query, source, interpret=implementation.endswith("interpret"))
+    if why:
+        return xla(*arrays, query, source)
+    return jax.lax.platform_dependent(*arrays, query, source, default=xla, tpu=kernel)
+
+
+def few_words(slots: int, top_k: int) -> bool:
+    """Whether one bit for each of ``slots`` keys takes no more memory than ``top_k`` slots do."""
+    return tpu_select.LANES * -(-slots // tpu_select.GROUP) <= top_k
+
+
+def select_words(index_BTN: Int[Array, "B T N"], slots: int) -> UInt32[Array, "B T W"]:
+    """What ``select`` returned, of so many ``slots``, as ``select_mask`` says it."""
+    block = queries_per_block(index_BTN.shape[0] * slots)
+    return map_queries(lambda index_BCN: words(chosen(index_BCN, slots)), (index_BTN,), block)
+
+
+def _xla_mask(q_BTHK, k_BSK, w_BTH, query, source, **options):
+    return select_words(select(q_BTHK, k_BSK, w_BTH, query, source, **options), k_BSK.shape[1])
+
+
+def _kernel_mask(q_BTHK, k_BSK, w_BTH, query, source, *, top_k, precision, interpret=False):
+    factors = rounded(q_BTHK, precision), rounded(k_BSK, precision)
+    if precision == "float8":  # exact: few bits, and powers of two
+        factors = tuple(x.astype(jnp.bfloat16) for x in factors)
+    tokens = [jnp.stack(tokens, axis=-1) for tokens in (query, source)]
+    words_BTW = tpu_select.select(*vary_alike((*factors, w_BTH, *tokens)), top_k=top_k, interpret=interpret)
+    return jax.lax.bitcast_convert_type(words_BTW, jnp.uint32)
+
+
+def rounded(x: Float[Array, "*batch K"], precision: str) -> Float[Array, "*batch K"]:
+    """A factor of the scores in its ``precision``.
+
+    Raises:
+      ValueError: an unknown precision, or 'float8' with a width that is no power of two.
+    """
+    if precision == "bfloat16":
+        return x.astype(jnp.bfloat16)
+    if precision == "float8":
+        return round_float8(hadamard(x))
+    if precision != "float32":
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    return x
 
 
 def one_zero(score: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -1,0 +1,1 @@
+"""Kernels of sparse attention: the selection of keys, and attention to what was selected."""
