@@ -25,8 +25,9 @@ from research.layers.recurrence import (
     next_state,
 )
 from research.ops.decays import step_size
+from research.ops.gated_deltanet_step import gated_deltanet_step
 from research.ops.norms import l2_norm
-from research.sharding.mesh import P
+from research.sharding.mesh import P, per_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +89,40 @@ class GatedDeltaNet(nnx.Module):
         wide = jnp.promote_types(dtype, jnp.float32)
         x_BTD = without_padding(x_BTD, context)
         b_BTH, a_BTH = jnp.split(project(x_BTD, read(self.w_ba_DN, dtype)).astype(wide), 2, axis=-1)
+        qkv_BTN, gate_BTM = (project(x_BTD, read(w_DN, dtype)) for w_DN in (self.w_qkv_DN, self.w_gate_DN))
+        strongest = 2.0 if c.negative_eigenvalues else 1.0
+        if state is not None and T == 1 and context.segment_ids_BT is None:
+            o_BTM, state = self._one(qkv_BTN, gate_BTM, b_BTH, a_BTH, state, strongest)
+            return project(o_BTM, read(self.w_out_ND, dtype)), state, None
         log_decay_BTH = -jnp.exp(read(self.log_rate_H, wide)) * step_size(a_BTH, read(self.dt_bias_H, wide))
-        beta_BTH = jax.nn.sigmoid(b_BTH) * (2 if c.negative_eigenvalues else 1)
-        qkv_BTN, tail_BWN = convolve(project(x_BTD, read(self.w_qkv_DN, dtype)), self.w_conv_WN, state, context)
+        beta_BTH = jax.nn.sigmoid(b_BTH) * strongest
+        qkv_BTN, tail_BWN = convolve(qkv_BTN, self.w_conv_WN, state, context)
         keys = (c.key_heads, c.key_width)
         q_BTGK, k_BTGK, v_BTHV = heads(qkv_BTN, keys, keys, (c.heads, c.value_width))
         o_BTHV, memory = attend(
             l2_norm(q_BTGK), l2_norm(k_BTGK), v_BTHV, state, context, c,
             log_decay=log_decay_BTH, beta=beta_BTH, scale=c.key_width**-0.5,
         )  # fmt: skip
-        gate_BTHV = project(x_BTD, read(self.w_gate_DN, dtype)).reshape(o_BTHV.shape)
-        o_BTHV = self.norm(o_BTHV) * jax.nn.silu(gate_BTHV)
+        o_BTHV = self.norm(o_BTHV) * jax.nn.silu(gate_BTM.reshape(o_BTHV.shape))
         y_BTD = project(o_BTHV.reshape(B, T, -1), read(self.w_out_ND, dtype))
         return y_BTD, next_state(state, tail_BWN, memory), None
+
+    def _one(self, qkv_BTN, gate_BTM, b_BTH, a_BTH, state: RecurrentState, strongest: float):
+        """One token between the projections, on each device's own rows."""
+        wide = b_BTH.dtype
+        shared = (
+            read(self.w_conv_WN, qkv_BTN.dtype), read(self.log_rate_H, wide), read(self.dt_bias_H, wide),
+            read(self.norm.scale_D, wide),
+        )  # fmt: skip
+
+        def run(batched, shared):
+            tokens, state = batched
+            o_BM, *state = gated_deltanet_step(
+                *(x[:, 0] for x in tokens), *state, *shared, eps=self.config.norm_eps, strongest=strongest
+            )
+            return o_BM[:, None], RecurrentState(*state)
+
+        return per_shard(run, ((qkv_BTN, gate_BTM, b_BTH, a_BTH), state), shared)
 
     def init_state(self, batch: int, max_length: int, dtype) -> RecurrentState:
         c = self.config
