@@ -44,9 +44,19 @@ def check(x_MK, w_EKN, sizes, dy_MN, **options):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("sizes", [(3, 0, 9, 8), (40, 0, 0, 0), (0, 0, 0, 40), (0, 0, 0, 0), (1, 37, 1, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 0, 9, 8), (40, 0, 0, 0), (0, 0, 0, 40), (0, 0, 0, 0), (1, 37, 1, 1), (2, 32, 3, 1)]
+)
 def test_equals_the_loop(implementation, sizes):
     x_MK, w_EKN, dy_MN = arrays(0, 40, 4)
+    check(x_MK, w_EKN, sizes, dy_MN, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["looped", "tiled"])
+@pytest.mark.parametrize("sizes", [(0, 2, 0, 1, 0, 0), (4, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0), (0, 0, 1, 1, 1, 1)])
+def test_no_more_rows_than_groups(implementation, sizes):
+    """As in decoding: every row reads its own matrix."""
+    x_MK, w_EKN, dy_MN = arrays(5, 4, 6)
     check(x_MK, w_EKN, sizes, dy_MN, implementation=implementation)
 
 

@@ -96,7 +96,9 @@ def group(
         alignment = capacity
     count, experts = assignment.expert_A.shape[0], assignment.experts
     live = count if live is None else min(live, count)
-    alignment = tile_rows(live, experts) if alignment is None else alignment
+    if alignment is None:
+        # Where most experts have no row, those of the others are not padded.
+        alignment = 1 if live <= experts else tile_rows(live, experts)
     if alignment < 1:
         raise ValueError(f"alignment is {alignment}, it must be at least 1")
     rows = aligned_rows(live, experts, alignment) if capacity is None else experts * capacity
