@@ -79,7 +79,7 @@ def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN,
         chosen_NBCS = _chosen(plan, selected_BCN, len(k_NBGCK))
 
         def visit(i, carry):
-            dq_BGRCK, dk_NBGCK, dv_NBGCV = carry
+            dq_BGRCK, dk_NBGKC, dv_NBGVC = carry
             n = order_N[i]
             score_BGRCS, mask_BCS, slope_BGRCS = _scores(plan, q_BGRCK, k_NBGCK[n], query, _at(source, n), wide)
             if chosen_NBCS is not None:
@@ -90,21 +90,22 @@ def backward(plan, q_BTHK, k_BSGK, v_BSGV, sinks_H, query, source, selected_BTN,
             if slope_BGRCS is not None:
                 dscore_BGRCS *= slope_BGRCS
             dscore_BGRCS = dscore_BGRCS.astype(q_BTHK.dtype)
-            dv_BGCV = _product("BGRCS,BGRCV->BGSV", weight_BGRCS.astype(do_BTHV.dtype), do_BGRCV, wide)
-            dk_BGCK = _product("BGRCS,BGRCK->BGSK", dscore_BGRCS, q_BGRCK, wide)
+            # XLA on CPU transposes the first operand in memory: let it be the narrow one.
+            dv_BGVC = _product("BGRCV,BGRCS->BGVS", do_BGRCV, weight_BGRCS.astype(do_BTHV.dtype), wide)
+            dk_BGKC = _product("BGRCK,BGRCS->BGKS", q_BGRCK, dscore_BGRCS, wide)
             dq_BGRCK += _product("BGRCS,BGSK->BGRCK", dscore_BGRCS, k_NBGCK[n], wide)
-            return dq_BGRCK, dk_NBGCK.at[n].add(dk_BGCK), dv_NBGCV.at[n].add(dv_BGCV)
+            return dq_BGRCK, dk_NBGKC.at[n].add(dk_BGKC), dv_NBGVC.at[n].add(dv_BGVC)
 
         start = jnp.zeros_like(q_BGRCK, wide)
         dq_BGRCK, *carry = jax.lax.fori_loop(0, count, visit, (start, *carry))
         return tuple(carry), dq_BGRCK.astype(q_BTHK.dtype)
 
-    zeros = jnp.zeros_like(k_NBGCK, wide), jnp.zeros_like(v_NBGCV, wide)
+    zeros = jnp.zeros_like(k_NBGCK.swapaxes(3, 4), wide), jnp.zeros_like(v_NBGCV.swapaxes(3, 4), wide)
     xs = (q_NBGRCK, do_NBGRCV, lse_NBGRC, mean_NBGRC, query, selected_NBCN, order_NN, count_N)
-    (dk_NBGCK, dv_NBGCV), dq_NBGRCK = jax.lax.scan(one, zeros, xs)
+    (dk_NBGKC, dv_NBGVC), dq_NBGRCK = jax.lax.scan(one, zeros, xs)
     dq_BTHK = jnp.moveaxis(dq_NBGRCK, (0, 4), (1, 2)).reshape(B, -1, H, K)[:, :T]
-    dk_BSGK = jnp.moveaxis(dk_NBGCK, (0, 3), (1, 2)).reshape(B, -1, G, K)[:, :S].astype(k_BSGK.dtype)
-    dv_BSGV = jnp.moveaxis(dv_NBGCV, (0, 3), (1, 2)).reshape(B, -1, G, V)[:, :S].astype(v_BSGV.dtype)
+    dk_BSGK = jnp.moveaxis(dk_NBGKC, (0, 4), (1, 2)).reshape(B, -1, G, K)[:, :S].astype(k_BSGK.dtype)
+    dv_BSGV = jnp.moveaxis(dv_NBGVC, (0, 4), (1, 2)).reshape(B, -1, G, V)[:, :S].astype(v_BSGV.dtype)
     dsinks_H = None
     if sinks_H is not None:
         share_BHT = jnp.exp(sinks_H.astype(wide)[:, None] - lse_BHT)
