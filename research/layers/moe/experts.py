@@ -10,7 +10,7 @@ from research.layers.moe.config import MoEConfig
 from research.ops.dispatch import expert_mlp, group, limit_capacity, one_hot_mlp
 from research.ops.routing import Assignment, from_choice
 from research.sharding.expert_parallel import exchange
-from research.sharding.mesh import axis_size, batch_axes
+from research.sharding.mesh import axis_size, batch_axes, on_mesh
 
 
 def run_experts(
@@ -29,7 +29,7 @@ def run_experts(
 
     def hidden_last(name) -> Any:
         value = weights.get(name)
-        return None if value is None else value.reshape(*value.shape[:-2], gates * value.shape[-1])
+        return value.reshape(*value.shape[:-2], gates * value.shape[-1]) if value is not None and on_mesh() else value
 
     w_in, w_out, b_in, b_out = hidden_last("w_in"), weights["w_out"], hidden_last("b_in"), weights.get("b_out")
     b_out = _once(b_out)

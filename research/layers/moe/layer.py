@@ -26,7 +26,7 @@ from research.layers.moe.routers import (
 from research.layers.parameters import constant, normal, project, read
 from research.ops import balancing, routing
 from research.ops.dispatch import expert_capacity
-from research.sharding.mesh import P, axis_size, batch_axes, declare, per_shard, placed
+from research.sharding.mesh import P, axis_size, batch_axes, declare, on_mesh, per_shard, placed
 
 
 class RouterBias(nnx.Variable):
@@ -155,8 +155,9 @@ class MoE(nnx.Module):
             if variable is None:
                 continue
             value = variable[...].astype(dtype)
-            # Gate and up apart, so that a device holds the same part of both.
-            values[name] = value.reshape(*value.shape[:-1], gates, -1) if hidden_last else value
+            # Gate and up apart, so that a device holds the same part of both. Alone it reads the matrices as they are: of
+            # others the backward pass would keep a copy.
+            values[name] = value.reshape(*value.shape[:-1], gates, -1) if hidden_last and on_mesh() else value
             specs[name] = spec
         return values, specs
 
