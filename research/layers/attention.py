@@ -1,7 +1,8 @@
 """Grouped-query softmax attention, with what published models add to it."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ class Attention(nnx.Module):
             temperature_BT = 1 + c.temperature * jnp.log1p(steps_BT)
         batched = (q_BTHK, k_BTGK, v_BTGK, temperature_BT, state, context.segment_ids_BT, context.cached_B)
         sinks_H = None if self.sinks_H is None else read(self.sinks_H, dtype)
-        o_BTHK, state = per_shard(self._attend, batched, sinks_H)
+        attend = functools.partial(self._attend, deferred=context.deferred and self.defers)
+        o_BTHK, state = per_shard(attend, batched, sinks_H)
         if gate_BTHK is not None:
             o_BTHK = o_BTHK * jax.nn.sigmoid(gate_BTHK)
         y_BTD = project(o_BTHK.reshape(B, T, -1), read(self.w_out_ND, dtype))
@@ -171,7 +173,12 @@ class Attention(nnx.Module):
             return q_BTHK, k_BTGK
         return rms_norm(q_BTHK, eps=c.rms_after_rope_eps), rms_norm(k_BTGK, eps=c.rms_after_rope_eps)
 
-    def _attend(self, batched, sinks_H):
+    @property
+    def defers(self) -> bool:
+        """Whether its cache may be written later than it is read."""
+        return self.config.reach is None
+
+    def _attend(self, batched, sinks_H, *, deferred: bool = False):
         q_BTHK, k_BTGK, v_BTGK, temperature_BT, cache, segment_ids_BT, cached_B = batched
         c = self.config
         options = {
@@ -182,6 +189,12 @@ class Attention(nnx.Module):
             return attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT, **options), None
         where = caches.whole if c.reach is None else caches.ring
         slots = where(segment_ids_BT, cached_B, q_BTHK.shape[1], cache.k_BSGK.shape[1])
+        if deferred:
+            k_BSGK, new_k = caches.overlaid(cache.k_BSGK, k_BTGK, slots)
+            v_BSGK, new_v = caches.overlaid(cache.v_BSGK, v_BTGK, slots)
+            k_BSGK, v_BSGK = k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype)
+            written: Any = (new_k, new_v)
+            return attention(q_BTHK, k_BSGK, v_BSGK, **slots.mask, **options), KeyValueCache(*written)
         new = KeyValueCache(
             caches.write(cache.k_BSGK, k_BTGK, slots),
             caches.write(cache.v_BSGK, v_BTGK, slots),

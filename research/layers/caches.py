@@ -63,6 +63,26 @@ def write(cache_BS: Array, new_BT: Array, slots: Slots) -> Array:
     return cache_BS.at[rows_B1, slots.write_BT].set(new_BT.astype(cache_BS.dtype), mode="drop")
 
 
+class Written(NamedTuple):
+    """New tokens [B, T, …] of a cache and their slots: what a layer returns as its state where writing waits."""
+
+    new_BT: Array
+    write_BT: Int[Array, "B T"]
+
+    def onto(self, cache_LBS: Array) -> Array:
+        """The caches of L layers with their tokens; here every leaf has that leading axis."""
+        rows_B1 = jnp.arange(cache_LBS.shape[1])[:, None]
+        return cache_LBS.at[:, rows_B1, self.write_BT[0]].set(self.new_BT, mode="drop")
+
+
+def overlaid(cache_BS: Array, new_B1: Array, slots: Slots) -> tuple[Array, Written]:
+    """The cache with one new token a row in place, as a value to be computed where it is read, and what is to be written."""
+    new_B1 = new_B1.astype(cache_BS.dtype)
+    here_BS = jnp.arange(cache_BS.shape[1]) == slots.write_BT
+    here_BS = here_BS.reshape(*here_BS.shape, *[1] * (cache_BS.ndim - 2))
+    return jnp.where(here_BS, new_B1, cache_BS), Written(new_B1, slots.write_BT)
+
+
 def _new(segment_ids_BT, cached_B, length) -> Tokens:
     shape = (len(cached_B), length)
     real_BT = (jnp.ones(shape, jnp.int32) if segment_ids_BT is None else segment_ids_BT) > 0

@@ -23,6 +23,7 @@ class Context:
       deterministic: no layer may draw at random or use training-only behaviour.
       remat: units, those of layers that run layers of their own too, are recomputed in the backward pass, but for the results of
         the ops named here (``research.ops.kept``); None recomputes nothing.
+      deferred: caches that can be (``caches.Written``) are not written, what is to be written is returned as their state.
       selected_BTN: the keys that the last layer to hand its selection on chose (``research.ops.sparse_attention``).
     """
 
@@ -33,6 +34,7 @@ class Context:
     key: Array | None = None
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
     remat: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    deferred: bool = dataclasses.field(default=False, metadata={"static": True})
     selected_BTN: Int[Array, "B T N"] | None = None
 
 

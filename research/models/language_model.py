@@ -15,7 +15,7 @@ from research.models.multi_token import MultiToken
 from research.models.stages import build_stages, factorise, init_states, run_stages
 from research.ops.losses import cross_entropy, projected_cross_entropy
 from research.ops.segments import real_and_reset
-from research.sharding.mesh import P, look_up, per_shard
+from research.sharding.mesh import P, look_up, on_mesh, per_shard
 
 # A GiB of float32: as many as a loss may hold at once.
 _LOGITS = 1 << 28
@@ -75,12 +75,19 @@ class LanguageModel(nnx.Module):
         x_BTD, cache, aux = self.hidden(tokens_BT, segment_ids, positions, cache, key=key)
         return Output(self.logits(x_BTD), cache, aux)
 
-    def hidden(self, tokens_BT, segment_ids=None, positions=None, cache: Cache | None = None, *, key=None):
+    def hidden(
+        self, tokens_BT, segment_ids=None, positions=None, cache: Cache | None = None, *, key=None
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
         """The normalised last hidden states [B, T, D] with the cache and auxiliaries (see ``__call__``)."""
         cached_B = None if cache is None else cache.length_B
         positions_BT = positions_of(tokens_BT, segment_ids, cached_B) if positions is None else positions
-        remat = self.config.remat_keeps if self.config.remat else None
-        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, key is None, remat)
+        options = {
+            "deterministic": key is None,
+            "remat": self.config.remat_keeps if self.config.remat else None,
+            # One token of each row, and every row on one device: caches are written at the end, all layers' at once.
+            "deferred": cached_B is not None and tokens_BT.shape[1] == 1 and not on_mesh(),
+        }
+        context = Context(positions_BT, segment_ids, tokens_BT, cached_B, key, **options)
         x_BTD = without_padding(self.embed(tokens_BT), context)  # padding may hold any id, out of range included
         before = None if cache is None else cache.stages
         x_BTD, states, auxes = run_stages(self.stages, x_BTD, before, context, unroll=self.config.unroll)

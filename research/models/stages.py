@@ -4,6 +4,7 @@ Compile time grows with the branches that differ, not with depth.
 """
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterable, Sequence
 
 import jax
@@ -150,8 +151,44 @@ def run_stage(stacked: Unit, x_BTD, states, context: Context, *, unroll: int):
         if shape is not None:
             spec = shape.sharding.spec if on_mesh() else None
             selected_BTN = jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
+    if jax.tree.leaves(states):
+        later = tuple(context.deferred and getattr(branch.mixer, "defers", False) for branch in stacked.branches)
+        return _run_cached(body, stacked, (x_BTD, selected_BTN), states, later, unroll)
     body = body if context.remat is None else jax.checkpoint(body, policy=keeping(context.remat))
     carry, (states, auxes) = jax.lax.scan(body, (x_BTD, selected_BTN), (stacked, states), unroll=unroll)
+    return *carry, states, auxes
+
+
+def _run_cached(body, stacked: Unit, carry, states, later: tuple[bool, ...], unroll: int):
+    """``run_stage`` with a cache, copying as little of it as can be.
+
+    States travel in the carry, where they are updated in place: as inputs and outputs of the scan they would be written to a
+    second stack, cleared first, at every token. Those of branches in ``later`` are only read, and return what is to be
+    written (``caches.Written``).
+    """
+
+    def step(carry, repeat):
+        (carry, held), (unit, index, read) = carry, repeat
+        cut = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+        own = tuple(r if late else jax.tree.map(cut, h) for r, h, late in zip(read, held, later, strict=True))
+        carry, (new, auxes) = body(carry, (unit, own))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        kept = zip(held, new, later, strict=True)
+        held = tuple(
+            None if late else jax.tree.map(lambda h, n: put(h, n.astype(h.dtype)), h, n) for h, n, late in kept
+        )
+        return (carry, held), (auxes, tuple(n if late else None for n, late in zip(new, later, strict=True)))
+
+    repeats = jax.tree.leaves(states)[0].shape[0]
+    held, read = (
+        tuple(s if late == which else None for s, late in zip(states, later, strict=True)) for which in (False, True)
+    )
+    inputs = (stacked, jnp.arange(repeats), read)
+    (carry, held), (auxes, written) = jax.lax.scan(step, (carry, held), inputs, unroll=unroll)
+    states = tuple(
+        jax.tree.map(lambda stack, new: new.onto(stack), r, w) if late else h
+        for r, w, h, late in zip(read, written, held, later, strict=True)
+    )
     return *carry, states, auxes
 
 
