@@ -23,7 +23,7 @@ from research.interop.assembly import Assembly
 from research.interop.stored_tensors import StoredTensors, matches, write
 from research.models.config import DType, ModelConfig
 from research.models.families import family_of, model_config, text_part
-from research.models.hub import Family, Keys, ModelViews, Tensor, View
+from research.models.hub import Family, ModelViews, Tensor, View
 from research.models.hub.tensors import variables_of
 from research.models.language_model import LanguageModel
 from research.training.runs import changes
@@ -57,9 +57,7 @@ def load(
     directory = Path(directory).expanduser()
     hub = read_config(directory)
     stored = StoredTensors(directory, _fp8_block(hub))
-    family, keys = family_of(hub), Keys(hub)
-    config = family.config(keys)
-    keys.check()
+    family, config = family_of(hub), model_config(hub)
     stores = _dtype_name("param_dtype", param_dtype)
     computes = stores if dtype is None else _dtype_name("dtype", dtype)
     config = dataclasses.replace(config, param_dtype=stores, dtype=computes)
@@ -189,7 +187,7 @@ def _fp8_block(hub: Mapping[str, Any]) -> tuple[int, int] | None:
     quantization = hub.get("quantization_config")
     if quantization is None or quantization.get("quant_method") == "mxfp4":
         return None
-    if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
+    if quantization.get("quant_method") != "fp8" or not quantization.get("weight_block_size"):
         raise ValueError(
             "config.json: quantization_config must be of quant_method 'mxfp4', or 'fp8' with a weight_block_size, got "
             f"{json.dumps(quantization)}"

@@ -24,6 +24,10 @@ class Config(SimpleNamespace):
         super().__init__(**hub)
         self.hub = hub
 
+    @classmethod
+    def from_pretrained(cls, directory: str):
+        return cls(**json.loads(Path(directory, "config.json").read_text()))
+
 
 class Composed(nn.Module):
     """Loads and saves like a model of transformers."""
@@ -36,7 +40,7 @@ class Composed(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str, output_loading_info: bool = True, **options):
-        model = cls(Config(**json.loads(Path(directory, "config.json").read_text())))
+        model = cls(Config.from_pretrained(directory))
         state, stored = model.state(), load_file(f"{directory}/model.safetensors")
         for name in set(state) & set(stored):
             state[name].copy_(stored[name])
@@ -68,17 +72,20 @@ class MLP(nn.Module):
 
 
 class DeepseekExperts(nn.Module):
-    """Softmax over all, the best few as they are, and the shared ones as one (§3.2, eq. 9 to 11)."""
+    """Softmax over all, the best few as they are or, where the hub's code is told to, adding up to one, and the shared ones as
+    one (§3.2, eq. 9 to 11)."""
 
     def __init__(self, c):
         super().__init__()
-        self.per_token = c.num_experts_per_tok
+        self.per_token, self.renormalise = c.num_experts_per_tok, c.norm_topk_prob
         self.gate = nn.Linear(c.hidden_size, c.n_routed_experts, bias=False)
         self.experts = nn.ModuleList(MLP(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts))
         self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts)
 
     def forward(self, x):
         weights, indices = torch.topk(self.gate(x[0]).softmax(-1), self.per_token)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
         return experts_sum(x[0], weights, indices, self.experts)[None] + self.shared_experts(x)
 
 
@@ -176,7 +183,7 @@ class DeepseekForCausalLM(Decoder):
             dense = n < config.first_k_dense_replace
             mlp = MLP(config.hidden_size, config.intermediate_size) if dense else DeepseekExperts(config)
             layers.append(Layer(c, n, mlp))
-        super().__init__(config, c, layers, tied=False)
+        super().__init__(config, c, layers, tied=config.tie_word_embeddings)
 
 
 class MiniCPMForCausalLM(Decoder):
@@ -185,7 +192,11 @@ class MiniCPMForCausalLM(Decoder):
     def __init__(self, config: Config):
         c = LlamaConfig(**{name: value for name, value in config.hub.items() if name in LLAMA})
         scale = config.scale_depth / math.sqrt(config.num_hidden_layers)
-        layers = [Layer(c, n, MiniCPMExperts(config), scale) for n in range(config.num_hidden_layers)]
+        width, hidden = config.hidden_size, config.intermediate_size
+        layers = [
+            Layer(c, n, MiniCPMExperts(config) if config.num_experts else MLP(width, hidden), scale)
+            for n in range(config.num_hidden_layers)
+        ]
         scales = config.scale_emb, config.dim_model_base / config.hidden_size
         super().__init__(config, c, layers, tied=True, scales=scales)
 
@@ -249,4 +260,7 @@ class GrokAttention(nn.Module):
 
 
 # Keys that mean the same in LlamaConfig.
-LLAMA = ("hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")
+LLAMA = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "attention_bias",
+)  # fmt: skip

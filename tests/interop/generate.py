@@ -2,6 +2,7 @@
 
     python3.11 -m venv .golden && .golden/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     .golden/bin/python tests/interop/generate.py NAME ...            # writes tests/interop/golden/NAME/
+    .golden/bin/python tests/interop/generate.py --flips [NAME ...]  # writes tests/interop/flips.npz and absences.json
     .golden/bin/python tests/interop/generate.py --round-trip .venv/bin/python [NAME ...]
 
 The last has the project's own interpreter load every golden checkpoint and save it again, opens what it saved with
@@ -33,9 +34,11 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import composed
+import flips
 from weights import NEW_TOKENS, PROMPTS, documents, weight
 
-GOLDEN = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parent
+GOLDEN = FOLDER / "golden"
 # The two likeliest tokens must be further apart, or rounding could choose between them.
 MARGIN = 1e-3
 
@@ -46,12 +49,18 @@ def main():
     parser.add_argument(
         "--round-trip", metavar="PYTHON", help="compare what the project saves; PYTHON is its interpreter"
     )
+    parser.add_argument(
+        "--flips", action="store_true", help="write flips.npz and absences.json anew, for the families of NAME ..."
+    )
     options = parser.parse_args()
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     names = options.names or sorted(folder.name for folder in GOLDEN.iterdir())
-    if options.round_trip:
+    if options.flips:
+        write_flips(options.names or flips.families())
+        write_absences(options.names or flips.families())
+    elif options.round_trip:
         round_trip(options.round_trip, names)
     else:
         for name in names:
@@ -61,16 +70,7 @@ def main():
 def write(folder: Path) -> None:
     tiny = json.loads((folder / "tiny.json").read_text())
     with tempfile.TemporaryDirectory() as made:
-        config = named(tiny["config"])(**tiny["arguments"])
-        named(tiny["model"])(config).save_pretrained(made)
-        # The names of the hub, which are not those of the modules.
-        with safe_open(f"{made}/model.safetensors", "np") as file:
-            made_of = {hub_name(name, tiny): file.get_tensor(name) for name in sorted(file.keys())}
-        fixed = {name: tensor for name, tensor in made_of.items() if is_fixed(name, tiny)}
-        shapes = {name: list(tensor.shape) for name, tensor in made_of.items() if name not in fixed}
-        options = (tiny["seed"], tiny.get("centred", "(?!)"))
-        filled = {name: weight(name, tuple(shape), *options) for name, shape in shapes.items()}
-        save_file(filled | fixed, f"{made}/model.safetensors", metadata={"format": "pt"})
+        shapes = fill(made, named(tiny["config"])(**tiny["arguments"]), tiny)
         hub = json.loads(Path(made, "config.json").read_text())
         logits, new = run(made, tiny)
     (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
@@ -78,6 +78,82 @@ def write(folder: Path) -> None:
     (folder / "new.json").write_text(json.dumps(new) + "\n")
     np.savez_compressed(folder / "logits.npz", **{f"document_{i}": x for i, x in enumerate(logits)})
     print(f"{folder.name}: {len(shapes)} tensors, logits of standard deviation {np.std(logits[0]):.2f}")
+
+
+def fill(made: str, config, tiny: dict) -> dict[str, list[int]]:
+    """Saves a model of our weights, and says its tensors' names and shapes."""
+    named(tiny["model"])(config).save_pretrained(made)
+    # The names of the hub, which are not those of the modules.
+    with safe_open(f"{made}/model.safetensors", "np") as file:
+        made_of = {hub_name(name, tiny): file.get_tensor(name) for name in sorted(file.keys())}
+    fixed = {name: tensor for name, tensor in made_of.items() if is_fixed(name, tiny)}
+    shapes = {name: list(tensor.shape) for name, tensor in made_of.items() if name not in fixed}
+    options = (tiny["seed"], tiny.get("centred", "(?!)"))
+    filled = {name: weight(name, tuple(shape), *options) for name, shape in shapes.items()}
+    save_file(filled | fixed, f"{made}/model.safetensors", metadata={"format": "pt"})
+    return shapes
+
+
+def write_flips(families: list[str]) -> None:
+    """``flips.npz``: a part of the logits of every flip of ``flips.json``, and what its checkpoint consists of."""
+    stored, rows, wrong = FOLDER / "flips.npz", [], []
+    if stored.exists():
+        told = np.load(stored)
+        rows = list(zip(told["labels"], told["logits"], told["tensors"], strict=True))
+    rows = [row for row in rows if row[0].split()[0] not in families]
+    for family in families:
+        tiny = json.loads((GOLDEN / family / "tiny.json").read_text())
+        plain = {}
+        for flip in flips.flips(family):
+            part, shapes = flipped(flip, tiny)
+            plain.setdefault(flip.model, part)
+            by = np.abs(part - plain[flip.model]).max()
+            if flip.change and by < 100 * tiny["atol"]:
+                wrong.append(f"{flip.label} changes the logits by {by:.1e} only")
+            rows.append((flip.label, part, flips.digest(shapes)))
+        for flip in flips.inert(family):
+            # Some change the order of sums.
+            if np.abs(flipped(flip, tiny)[0] - plain[flip.model]).max() > tiny["atol"]:
+                wrong.append(f"{flip.label} is not inert")
+        print(f"{family}: {sum(label.split()[0] == family for label, *_ in rows)} models", flush=True)
+    if wrong:
+        sys.exit("\n".join(wrong))
+    labels, logits, tensors = zip(*sorted(rows, key=lambda row: row[0]), strict=True)
+    np.savez_compressed(stored, labels=labels, logits=logits, tensors=tensors)
+
+
+def write_absences(families: list[str]) -> None:
+    """``absences.json``: what the classes of transformers take a key of a golden config.json for where it is absent, unless that
+    is what it says; "absent" where they can't do without."""
+    file = FOLDER / "absences.json"
+    told = json.loads(file.read_text()) if file.exists() else {}
+    for family in families:
+        tiny = json.loads((GOLDEN / family / "tiny.json").read_text())
+        hub = flips.golden_config(family)
+        if hasattr(composed, tiny["config"]):
+            continue
+        told[family] = {}
+        for key in hub:
+            with tempfile.TemporaryDirectory() as made:
+                Path(made, "config.json").write_text(json.dumps(flips.changed(hub, {key: flips.ABSENT})))
+                try:
+                    taken = json.loads(named(tiny["config"]).from_pretrained(made).to_json_string(use_diff=False))
+                except Exception:
+                    taken = {key: flips.ABSENT}
+            if key not in ("architectures", "dtype") and taken.get(key) != hub[key]:
+                told[family][key] = taken.get(key)
+    lines = (f'  "{family}": {json.dumps(told[family])}' for family in sorted(told))
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def flipped(flip: flips.Flip, tiny: dict) -> tuple[np.ndarray, dict[str, list[int]]]:
+    """The stored part of the logits of a config.json that is ours to the letter."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made, "config.json").write_text(json.dumps(flip.hub))
+        shapes = fill(made, named(tiny["config"]).from_pretrained(made), tiny)
+        Path(made, "config.json").write_text(json.dumps(flip.hub))
+        model = opened(made, tiny)
+    return logits_of(model, documents(61, tiny["seed"])[0][: flips.LENGTH])[flips.PART], shapes
 
 
 def is_fixed(name: str, tiny: dict) -> bool:
@@ -117,32 +193,36 @@ def named(name: str):
     return getattr(composed, name, None) or getattr(transformers, name)
 
 
-@torch.no_grad()
 def run(directory: str, tiny: dict) -> tuple[list[np.ndarray], list[list[int]]]:
     """Logits of each document, and the greedy continuations."""
+    model = opened(directory, tiny)
+    texts = documents(model.config.vocab_size, tiny["seed"])
+    new = []
+    for document, length in PROMPTS:
+        ids = texts[document][:length].tolist()
+        for _ in range(NEW_TOKENS):
+            last = logits_of(model, ids)[-1]
+            low, high = np.sort(last)[-2:]
+            if high - low < MARGIN:
+                sys.exit(f"{directory}: two tokens are equally likely; choose another seed")
+            ids.append(int(last.argmax()))
+        new.append(ids[length:])
+    return [logits_of(model, text) for text in texts], new
+
+
+def opened(directory: str, tiny: dict):
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     model, told = named(tiny["model"]).from_pretrained(directory, output_loading_info=True, **options)
     told["missing_keys"] = [name for name in told["missing_keys"] if not is_fixed(name, tiny)]
     wrong = {what: keys for what, keys in told.items() if keys}
     if wrong:
         sys.exit(f"{directory}: {wrong}")
-    model.eval()
-    texts = documents(model.config.vocab_size, tiny["seed"])
+    return model.eval()
 
-    def logits(ids):
-        return model(torch.tensor(np.array(ids))[None].long(), use_cache=False).logits[0].float().numpy()
 
-    new = []
-    for document, length in PROMPTS:
-        ids = texts[document][:length].tolist()
-        for _ in range(NEW_TOKENS):
-            last = logits(ids)[-1]
-            low, high = np.sort(last)[-2:]
-            if high - low < MARGIN:
-                sys.exit(f"{directory}: two tokens are equally likely; choose another seed")
-            ids.append(int(last.argmax()))
-        new.append(ids[length:])
-    return [logits(text) for text in texts], new
+@torch.no_grad()
+def logits_of(model, ids) -> np.ndarray:
+    return model(torch.tensor(np.array(ids))[None].long(), use_cache=False).logits[0].float().numpy()
 
 
 if __name__ == "__main__":

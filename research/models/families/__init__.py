@@ -82,6 +82,9 @@ def model_config(hub: Mapping[str, Any]) -> ModelConfig:
     """
     hub = text_part(hub)
     family, keys = family_of(hub), Keys(hub)
-    config = family.config(keys)
+    try:
+        config = family.config(keys)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json: a value is of another type than it must be: {error}") from error
     keys.check()
     return config

@@ -35,13 +35,13 @@ def config(keys: Keys) -> ModelConfig:
         qk_norm=None,
         clip_qkv=None if clip is None else float(clip),
     )
-    power = feeding.only("moe_normalize_expert_weights", 1, None) if "moe_normalize_expert_weights" in feeding else 1
+    normalised = not feeding.is_null("moe_normalize_expert_weights") and feeding.only("moe_normalize_expert_weights", 1)
     experts = MoEConfig(
         experts=feeding["moe_num_experts"],
         per_token=feeding["moe_top_k"],
         hidden=feeding["ffn_hidden_size"],
         shared_hidden=0,
-        router=TopKRouter(renormalise=power == 1),
+        router=TopKRouter(renormalise=bool(normalised)),
     )
     norm = RMSNormConfig(eps=1e-5, centred=False, mean=True)
     layer = (Residual("attention", attention, pre_norm=norm), Residual("experts", experts, pre_norm=norm))

@@ -26,7 +26,7 @@ def config(keys: Keys) -> ModelConfig:
     router = TopKRouter(renormalise=keys.get("norm_topk_prob", False))
     experts = MoEConfig(**deepseek_v2.widths(keys), router=router)
     mixer = Residual("attention", attention, pre_norm=norm)
-    return parts.language_model(keys, [(mixer, mlp) for mlp in deepseek_v2.feed_forward(keys, experts)], norm)
+    return parts.language_model(keys, [(mixer, mlp) for mlp in deepseek_v2.feed_forward(keys, experts, norm)], norm)
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:

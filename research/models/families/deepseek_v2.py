@@ -8,6 +8,7 @@ from typing import Any
 from research.layers.mla import MLAConfig
 from research.layers.mlp import MLPConfig
 from research.layers.moe import MoEConfig, TopKRouter
+from research.layers.norms import RMSNormConfig
 from research.models.config import ModelConfig, Residual
 from research.models.hub import Family, Keys, ModelViews, Tensor, parts
 
@@ -18,7 +19,8 @@ def latent_attention(keys: Keys) -> dict[str, Any]:
     # Derived from others, where they are there.
     keys.inert("head_dim", "qk_head_dim", "num_key_value_heads")
     turning = parts.rope(keys)
-    del turning["rotary_fraction"]
+    if turning.pop("rotary_fraction") != 1:
+        keys.refuse("partial_rotary_factor must be 1: qk_rope_head_dim says how much of a head turns")
     return {
         "heads": keys["num_attention_heads"],
         "nope_width": keys["qk_nope_head_dim"],
@@ -46,9 +48,9 @@ def widths(keys: Keys) -> dict[str, Any]:
     }
 
 
-def feed_forward(keys: Keys, experts: MoEConfig) -> list[Residual]:
+def feed_forward(keys: Keys, experts: MoEConfig, norm: RMSNormConfig) -> list[Residual]:
     """Of each layer: the first few are dense."""
-    norm, first = parts.rms_norm(keys), keys.get("first_k_dense_replace", 0)
+    first = keys.get("first_k_dense_replace", 0)
     dense = Residual("mlp", MLPConfig(keys["intermediate_size"]), pre_norm=norm)
     sparse = Residual("experts", experts, pre_norm=norm)
     ours = ["dense" if n < first else "sparse" for n in range(keys["num_hidden_layers"])]
@@ -71,7 +73,7 @@ def config(keys: Keys) -> ModelConfig:
     )
     norm = parts.rms_norm(keys)
     attention = Residual("attention", MLAConfig(**latent_attention(keys)), pre_norm=norm)
-    return parts.language_model(keys, [(attention, mlp) for mlp in feed_forward(keys, experts)], norm)
+    return parts.language_model(keys, [(attention, mlp) for mlp in feed_forward(keys, experts, norm)], norm)
 
 
 def tensors(model: ModelViews) -> Iterator[Tensor]:

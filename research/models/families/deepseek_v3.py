@@ -14,17 +14,18 @@ from research.models.hub import BranchViews, Family, Keys, ModelViews, Tensor, j
 COPIES = (r"model\.layers\.\d+\.embed_tokens\.weight", r"model\.layers\.\d+\.shared_head\.head\.weight")
 
 
-def experts(keys: Keys) -> MoEConfig:
+def experts(keys: Keys, groups: int = 8, top_groups: int = 4) -> MoEConfig:
+    """``groups`` and ``top_groups`` are what their absence means."""
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     return MoEConfig(
         **deepseek_v2.widths(keys),
-        groups=keys.get("n_group", 1),
+        groups=keys.get("n_group", groups),
         router=TopKRouter(
             score="sigmoid",
             renormalise=keys.get("norm_topk_prob", True),
-            scale=float(keys.get("routed_scaling_factor", 1.0)),
-            top_groups=keys.get("topk_group", 0),
+            scale=float(keys.get("routed_scaling_factor", 2.5)),
+            top_groups=keys.get("topk_group", top_groups),
             group_score="top2",
         ),
         balance_loss=0.0,
@@ -47,7 +48,7 @@ def with_heads(keys: Keys, model: ModelConfig, layer: tuple[Residual, ...]) -> M
 def config(keys: Keys) -> ModelConfig:
     norm, sparse = parts.rms_norm(keys), experts(keys)
     attention = Residual("attention", MLAConfig(**deepseek_v2.latent_attention(keys)), pre_norm=norm)
-    layers = [(attention, mlp) for mlp in deepseek_v2.feed_forward(keys, sparse)]
+    layers = [(attention, mlp) for mlp in deepseek_v2.feed_forward(keys, sparse, norm)]
     model = parts.language_model(keys, layers, norm)
     return with_heads(keys, model, (attention, Residual("experts", sparse, pre_norm=norm)))
 

@@ -24,7 +24,7 @@ def sparse_attention(keys: Keys) -> dict[str, Any]:
 def config(keys: Keys) -> ModelConfig:
     norm, experts = parts.rms_norm(keys), deepseek_v3.experts(keys)
     attention = Residual("attention", DSAConfig(**sparse_attention(keys), index_layout="halves"), pre_norm=norm)
-    layers = [(attention, mlp) for mlp in deepseek_v2.feed_forward(keys, experts)]
+    layers = [(attention, mlp) for mlp in deepseek_v2.feed_forward(keys, experts, norm)]
     model = parts.language_model(keys, layers, norm)
     return deepseek_v3.with_heads(keys, model, (attention, Residual("experts", experts, pre_norm=norm)))
 

@@ -9,7 +9,7 @@ from research.models.hub import Family, Keys, parts
 
 
 def config(keys: Keys) -> ModelConfig:
-    norm, experts = parts.rms_norm(keys, eps=1e-5), deepseek_v3.experts(keys)
+    norm, experts = parts.rms_norm(keys, eps=1e-5), deepseek_v3.experts(keys, 1, 1)
     layout = "pairs" if keys.get("indexer_rope_interleave", True) else "halves"
     own = DSAConfig(**deepseek_v32.sparse_attention(keys), index_layout=layout)
     kinds = {
@@ -23,7 +23,7 @@ def config(keys: Keys) -> ModelConfig:
         kinds["shared" if kind == "shared" else "given" if following == "shared" else "own"]
         for kind, following in zip(types, after, strict=True)
     ]
-    layers = list(zip(attention, deepseek_v2.feed_forward(keys, experts), strict=True))
+    layers = list(zip(attention, deepseek_v2.feed_forward(keys, experts, norm), strict=True))
     model = parts.language_model(keys, layers, norm)
     return deepseek_v3.with_heads(keys, model, (kinds["own"], Residual("experts", experts, pre_norm=norm)))
 

@@ -13,7 +13,7 @@ def config(keys: Keys) -> ModelConfig:
     # The length that YaRN starts from, which rope_scaling says too.
     keys.inert("initial_context_length")
     norm, heads, bias = parts.rms_norm(keys, eps=1e-5), keys["num_attention_heads"], keys.get("attention_bias", True)
-    turning, window = parts.rope(keys, theta=150_000.0), keys.get("sliding_window")
+    turning, window = parts.rope(keys, theta=150_000.0), keys.get("sliding_window", 128)
 
     def attention(window: int | None) -> AttentionConfig:
         return AttentionConfig(

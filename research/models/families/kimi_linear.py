@@ -50,7 +50,7 @@ def config(keys: Keys) -> ModelConfig:
         router=TopKRouter(
             score="sigmoid",
             renormalise=keys.get("moe_renormalize", keys.get("norm_topk_prob", True)),
-            scale=float(keys.get("routed_scaling_factor", 1.0)),
+            scale=float(keys.get("routed_scaling_factor", 2.446)),
             top_groups=keys.get("topk_group", 1),
             group_score="top2",
         ),

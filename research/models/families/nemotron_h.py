@@ -36,7 +36,12 @@ def config(keys: Keys) -> ModelConfig:
         "mlp": lambda keys, eps: MLPConfig(keys["intermediate_size"], RELU2),
         "moe": experts,
     }
-    unused = {"mlp": ("intermediate_size",), "moe": EXPERT_KEYS}
+    unused = {
+        "linear_attention": MAMBA_KEYS,
+        "full_attention": ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_head_dim"),
+        "mlp": ("intermediate_size",),
+        "moe": EXPERT_KEYS,
+    }
     branches = {kind: (Residual(kind, mixers[kind](keys, eps), pre_norm=norm),) for kind in dict.fromkeys(kinds)}
     for kind, names in unused.items():
         if kind not in branches:
@@ -44,6 +49,10 @@ def config(keys: Keys) -> ModelConfig:
     return parts.language_model(keys, [branches[kind] for kind in kinds], norm)
 
 
+MAMBA_KEYS = (
+    "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "time_step_limit", "conv_kernel", "use_bias",
+    "use_conv_bias", "expand",
+)  # fmt: skip
 EXPERT_KEYS = (
     "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
     "moe_latent_size", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "n_shared_experts",

@@ -17,7 +17,8 @@ INERT = {
 
 
 class Keys:
-    """The keys of a config.json, or of an object inside it (``path`` names it). A key whose value is null counts as absent.
+    """The keys of a config.json, or of an object inside it (``path`` names it). A key whose value is null counts as
+    absent, but for ``is_null``.
 
     Problems are gathered; ``check`` raises them all at once.
     """
@@ -60,6 +61,11 @@ class Keys:
             self.refuse(f"{self._path}{name} must be {known}, got {value!r}")
         return value
 
+    def is_null(self, name: str) -> bool:
+        """Whether a key is there and null, where that is another thing than its absence."""
+        self._read.add(name)
+        return name in self._values and self._values[name] is None
+
     def inert(self, *names: str) -> None:
         """Marks keys as read that change nothing, in this family."""
         self._read.update(names)
@@ -67,7 +73,11 @@ class Keys:
     def inside(self, name: str) -> "Keys":
         """The keys of an object; none where it is absent."""
         self._read.add(name)
-        keys = Keys(self._values.get(name) or {}, f"{self._path}{name}.", self._problems)
+        values = self._values.get(name) or {}
+        if not isinstance(values, Mapping):
+            self.refuse(f"{self._path}{name} must be an object, got {values!r}")
+            values = {}
+        keys = Keys(values, f"{self._path}{name}.", self._problems)
         self._inside.append(keys)
         return keys
 
