@@ -1,6 +1,6 @@
 """EleutherAI's tasks on a trained model: ``python -m experiments.harness DIR --tasks hellaswag,arc_easy``.
 
-Needs lm-evaluation-harness (``pip install "scanroute[lm_eval]"``), which downloads its tasks' data. In a program of your own:
+Needs lm-evaluation-harness (``pip install ".[lm_eval]"``), which downloads its tasks' data. In a program of your own:
 ``lm_eval.simple_evaluate(model=adapter(open_model(DIR)), tasks=[...])``.
 """
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import lm_eval  # pyright: ignore[reportMissingImports]
         import lm_eval.tasks  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError(f"lm-evaluation-harness is missing ({error}): pip install 'scanroute[lm_eval]'") from error
+        raise ConfigError(f"lm-evaluation-harness is missing ({error}): pip install '.[lm_eval]'") from error
     from research.interop.opening import open_model
 
     manager = lm_eval.tasks.TaskManager(include_path=options.include_path)
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m experiments.harness",
         description=(
-            'Runs tasks of EleutherAI\'s lm-evaluation-harness on a model. It is an extra, pip install "scanroute[lm_eval]",\n'
+            'Runs tasks of EleutherAI\'s lm-evaluation-harness on a model. It is an extra, pip install ".[lm_eval]",\n'
             "and downloads the data of its tasks. Without it: experiments.evaluate --choices."
         ),
         epilog=(

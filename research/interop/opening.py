@@ -9,9 +9,10 @@ from research.config import ConfigError
 from research.data.pipeline import DataConfig
 from research.data.tokenization import Bytes, TokenizerJson, build_tokenizer
 from research.interop import huggingface
+from research.models.families import families
 from research.training.config import ExperimentConfig
 from research.training.optimizers import OptimizerConfig
-from research.training.runs import CONFIG_FILE, Trained, load_for_inference
+from research.training.runs import CONFIG_FILE, NoRun, Trained, load_for_inference
 
 # Small files of a Hugging Face directory that travel with its config.json.
 BESIDE = (
@@ -29,7 +30,10 @@ def open_model(directory: str | os.PathLike, say: Callable[[str], None] = print)
     """
     path = Path(directory).expanduser()
     if not is_published(path):
-        return load_for_inference(directory, say)
+        try:
+            return load_for_inference(directory, say)
+        except NoRun as error:
+            raise NoRun(f"{error}, or a Hugging Face model's directory") from error
     try:
         return open_published(path, say=say)
     except ValueError as error:
@@ -42,7 +46,9 @@ def is_published(directory: Path) -> bool:
         told = json.loads((directory / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and ("architectures" in told or "model_type" in told)
+    if not isinstance(told, dict):
+        return False
+    return "architectures" in told or "model_type" in told or any(f.matches(told) for f in families().values())
 
 
 def open_published(directory: Path, dtype: str = "float32", say: Callable[[str], None] = print) -> Trained:

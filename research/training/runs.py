@@ -140,11 +140,15 @@ class Trained(NamedTuple):
     published: Mapping[str, Any] | None = None
 
 
+class NoRun(ConfigError):
+    """A directory without a checkpoint."""
+
+
 def find_checkpoint(directory: str | os.PathLike, say=print) -> Path:
     """The newest whole checkpoint of a work directory (or the checkpoint itself, if that is what it is); reads only.
 
     Raises:
-      ConfigError: there is none.
+      NoRun: there is none.
     """
     directory = Path(directory).expanduser().resolve()
     if (directory / ORBAX_METADATA_FILE).exists():
@@ -154,7 +158,7 @@ def find_checkpoint(directory: str | os.PathLike, say=print) -> Path:
         say(f"checkpoint {bad.name} is damaged ({problem}): passed over")
     if path is None:
         what = "does not exist" if not directory.exists() else "holds no checkpoint" if not damaged else "is damaged"
-        raise ConfigError(f"{directory} {what}: it must be the work directory of a training run")
+        raise NoRun(f"{directory} {what}: it must be the work directory of a training run")
     return path
 
 

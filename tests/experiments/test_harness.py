@@ -43,7 +43,7 @@ def test_writing_until(model, monkeypatch):  # noqa: F811
 def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert cli.call(harness.main, ["nowhere", "--tasks", "arc_easy"]) == 2
-    assert capsys.readouterr().err.endswith("pip install 'scanroute[lm_eval]'\n")
+    assert capsys.readouterr().err.endswith("pip install '.[lm_eval]'\n")
 
 
 @pytest.mark.slow

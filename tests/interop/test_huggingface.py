@@ -1,6 +1,9 @@
 """Loading and saving: what is refused, where arrays come to lie, which bits they have."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from research.config import ConfigError
 from research.interop import huggingface
+from research.interop.opening import open_model
 from research.interop.stored_tensors import StoredTensors
 from research.models.families import family_of, model_config
 from research.sharding.mesh import MeshConfig, make_mesh
@@ -31,11 +36,29 @@ def test_every_key_is_read_or_refused_by_name(g):
         model_config({name: value for name, value in g.hub.items() if name != "linear_num_key_heads"})
 
 
+def test_values_of_another_type(g):
+    with pytest.raises(ValueError, match=r"rope_parameters must be an object, got \[1\]"):
+        model_config({**g.hub, "rope_parameters": [1]})
+    with pytest.raises(ValueError, match="a value is of another type than it must be"):
+        model_config({**g.hub, "num_hidden_layers": "4"})
+
+
 def test_an_unknown_architecture():
     with pytest.raises(
         ValueError, match=r"model_type 'gru' with architectures \['GRU'\] is unknown; known are .*Llama"
     ):
         family_of({"model_type": "gru", "architectures": ["GRU"]})
+
+
+def test_a_config_that_names_no_class(tmp_path):
+    """Grok-1's: the programs know its directory all the same."""
+    g = golden("grok_1")
+    trained = open_model(write_checkpoint(tmp_path / "grok", g.hub, g.tensors), say=lambda line: None)
+    assert trained.model.config == model_config(g.hub)
+    with pytest.raises(
+        ConfigError, match="must be the work directory of a training run, or a Hugging Face model's directory"
+    ):
+        open_model(tmp_path / "nothing")
 
 
 def test_all_that_is_wrong_with_the_tensors_at_once(g, tmp_path):
@@ -92,19 +115,104 @@ def test_on_a_mesh(g, tmp_path):
         spread = huggingface.load(tmp_path)
         experts = spread.stages[0].branches[1].mixer.w_in_EDF[...]
         assert experts.sharding.spec == jax.P(None, "expert", ("fsdp", "tensor"), None)
+        huggingface.save(spread, g.hub, tmp_path / "from_mesh")
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(one, other)
+    huggingface.save(whole, g.hub, tmp_path / "from_one")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("from_mesh", "from_one")]
+    assert files[0] == files[1]
+
+
+# Loads a directory and says the bytes of its arrays, and by how much the most memory ever held rose.
+PEAK = """
+import sys, jax
+from research.config import ConfigError
+from research.interop import huggingface
+from research.interop.opening import open_model
+jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
+def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = most()
+model = jax.block_until_ready(huggingface.load(sys.argv[1], sys.argv[2]))
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(model)), most() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says there what a process has held at most")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_held_while_loading(dtype, tmp_path):
+    """Never as much as a file above the model: tensors are read one at a time."""
+    hub = {
+        **golden("llama").hub,
+        "vocab_size": 1024,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+    }
+    hub |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
+    shapes = {
+        name: [{61: 1024, 32: 1024, 16: 1024, 48: 4096}[n] for n in array.shape]
+        for name, array in golden("llama").tensors.items()
+    }
+    shapes |= {
+        name.replace("layers.0", f"layers.{n}"): shape
+        for name, shape in shapes.items()
+        if "layers.0" in name
+        for n in range(8)
+    }
+    write_checkpoint(tmp_path, hub, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, files=4)
+    told = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path, dtype], check=True, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    arrays, rose = map(int, told.stdout.split())
+    assert arrays > 200e6
+    file = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    print(
+        f"{dtype}: {arrays / 1e6:.0f} MB of arrays, {(rose - arrays) / 1e6:.0f} MB above them; a file has {file / 1e6:.0f} MB"
+    )
+    assert rose - arrays < file
+
+
+def save_float8(tensors, path):
+    """As safetensors, whose numpy front end knows no float8."""
+    save_file({name: t.view(np.uint8) if t.dtype.itemsize == 1 else t for name, t in tensors.items()}, path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+def test_a_model_in_scaled_float8(tmp_path):
+    """DeepSeek-V3's published files: matrices in float8, a scale for every block of them; norms, router and embedding not."""
+    g, rng, packed, values = golden("deepseek_v3"), np.random.default_rng(0), {}, {}
+    for name, tensor in g.tensors.items():
+        packed[name] = values[name] = tensor
+        if name.endswith("_proj.weight"):
+            packed[name] = tensor.astype(ml_dtypes.float8_e4m3fn)
+            blocks = [-(-size // 16) for size in tensor.shape]
+            packed[f"{name}_scale_inv"] = scales = rng.uniform(0.5, 2, blocks).astype(np.float32)
+            spread = np.kron(scales, np.ones((16, 16), np.float32))[: tensor.shape[0], : tensor.shape[1]]
+            values[name] = packed[name].astype(np.float32) * spread
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    write_checkpoint(tmp_path / "packed", {**g.hub, "quantization_config": quantization}, {})
+    save_float8(packed, tmp_path / "packed" / "model.safetensors")
+    huggingface.save(huggingface.load(tmp_path / "packed"), g.hub, tmp_path / "again")
+    for name, again in stored_in(tmp_path / "again").items():
+        np.testing.assert_array_equal(again, values[name], err_msg=name)
+    quantization["weight_block_size"] = None
+    write_checkpoint(tmp_path / "unscaled", {**g.hub, "quantization_config": quantization}, g.tensors)
+    with pytest.raises(
+        ValueError, match="quantization_config must be of quant_method 'mxfp4', or 'fp8' with a weight_block_size"
+    ):
+        huggingface.load(tmp_path / "unscaled")
 
 
 def test_scaled_float8(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(200, 130)).astype(ml_dtypes.float8_e4m3fn)
     scales = rng.uniform(0.5, 2, size=(2, 2)).astype(np.float32)
-    save_file({"w": values.view(np.uint8), "w_scale_inv": scales}, tmp_path / "model.safetensors")
-    raw = (tmp_path / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    save_float8({"w": values, "w_scale_inv": scales}, tmp_path / "model.safetensors")
     stored = StoredTensors(tmp_path, (128, 128))
     assert stored.shapes() == {"w": (200, 130)}
     expected = values.astype(np.float32)
