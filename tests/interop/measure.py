@@ -39,6 +39,7 @@ def main():
     result["theirs"] = (
         f"transformers {transformers.__version__} on torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
+    result["their_rounds"] = f"best of {options.rounds} medians of 3"
     new_tokens = result["shape"]["new_tokens"]
     for name, ours in result["ours"].items():
         if options.only and name not in options.only:
@@ -56,7 +57,7 @@ def main():
             "decode": round(ours["decode_tokens_per_second"] / fastest, 2),
         }
         print(name, json.dumps(result["times_faster"][name]), flush=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
+        options.result.write_text(json.dumps(result, indent=2) + "\n")  # after each: it takes minutes
 
 
 def measure(directory: Path, experts: str, new_tokens: int, rounds: int) -> dict:
