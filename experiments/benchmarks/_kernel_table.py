@@ -62,16 +62,20 @@ def _static(path: Path) -> str:
     if not path.exists():
         return ""
     result = json.loads(path.read_text())
-    forms: dict[tuple[str, str, str], dict[str, float]] = {}
+    forms: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in result["rows"]:
         shape = _shape(row.get("shape") or {n: v for n, v in result["shape"].items() if n != "dtype"})
-        forms.setdefault((row["mechanism"], shape, row["way"]), {})[row["form"]] = row["cycles"] / 1e6
+        forms.setdefault((row["mechanism"], shape, row["way"]), {})[row["form"]] = _millions(row)
     rows = [["call", "shape", "way", "kernel", "other forms"]]
     for (name, shape, way), cycles in forms.items():
-        own = f"{cycles['kernel']:.3f}" if "kernel" in cycles else "–"
-        rest = "; ".join(f"{form} {number:.3f}" for form, number in cycles.items() if form != "kernel")
-        rows.append([name, shape, way.replace("_", " + "), own, rest])
+        rest = "; ".join(f"{form} {number}" for form, number in cycles.items() if form != "kernel")
+        rows.append([name, shape, way.replace("_", " + "), cycles.get("kernel", "–"), rest])
     return _STATIC.format(libtpu=result["libtpu"], topology=result["topology"]) + "\n" + _markdown(rows)
+
+
+def _millions(row: dict[str, Any]) -> str:
+    """Where a kernel loops as often as data says, what was counted is less than it costs."""
+    return f"{'> ' if row.get('uncounted') else ''}{row['cycles'] / 1e6:.3f}"
 
 
 def _shape(shape: dict[str, Any]) -> str:

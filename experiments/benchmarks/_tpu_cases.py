@@ -7,20 +7,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.ops.attention import attention, tokens_of
 from research.ops.causal_conv import causal_conv
+from research.ops.gated_deltanet_step import gated_deltanet_step
+from research.ops.grouped_matmul import grouped_matmul
 from research.ops.linear_attention import linear_attention, linear_attention_step
+from research.ops.sparse_attention import select_mask
 
 SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128}
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """build: ``(form, **shape) -> (function of one pytree, that pytree as shapes)``; others: forms besides the kernel's."""
+    """build: ``(form, **shape) -> (function of one pytree, that pytree as shapes)``; others: forms besides the kernel's.
+
+    steps: ``(form, way, **shape)`` -> grid steps to count for kernels whose grid is known only when they run, or None.
+    inner: ``(**shape)`` -> trips, at most, of loops within a grid step that are known only then, or None.
+    donates: the arguments are the callee's to overwrite.
+    """
 
     build: Callable[..., tuple[Callable, Any]]
     shape: dict[str, Any]
     others: tuple[str, ...]
     ways: tuple[str, ...] = ("forward", "forward_backward")
+    steps: Callable[..., int | None] = lambda form, way, **shape: None
+    inner: Callable[..., int | None] = lambda **shape: None
+    donates: bool = False
 
 
 def case(name: str, way: str, form: str | None, **shape):
@@ -28,7 +40,14 @@ def case(name: str, way: str, form: str | None, **shape):
     forward, x = CASES[name].build(form, **shape)
     if way == "forward":
         return forward, (x,)
-    return lambda x, cotangents: (*(r := jax.vjp(forward, x))[0], r[1](cotangents)), (x, jax.eval_shape(forward, x))
+    if way in ("dx", "dw"):  # one leg: what the others need is dead code
+        return lambda x, cotangent: jax.vjp(forward, x)[1](cotangent)[0][way[1]], (x, jax.eval_shape(forward, x))
+
+    def both(x, cotangents):
+        results, pull = jax.vjp(forward, x)
+        return results, [dx for dx in jax.tree.leaves(pull(cotangents)) if dx.dtype != jax.dtypes.float0]
+
+    return both, (x, jax.eval_shape(forward, x))
 
 
 def _low(*shape):
@@ -69,6 +88,21 @@ def _step(form, B: int, H: int, K: int, V: int):
     return forward, x
 
 
+def _mixer_step(form, B: int, G: int, H: int, K: int, V: int, W: int):
+    """One token of all of a Gated DeltaNet layer but its projections; state and tail are written where they were read."""
+    N, M = 2 * G * K + H * V, H * V
+    x = {"x": _low(B, N), "gate": _low(B, M), "strength": _single(B, H), "decay": _single(B, H)}
+    x |= {"tail": _low(B, W - 1, N), "state": _single(B, H, K, V), "w": _low(W, N)}
+    x |= {"rate": _single(H), "bias": _single(H), "norm": _single(V)}
+
+    order = tuple(x)
+
+    def forward(x):
+        return gated_deltanet_step(*(x[name] for name in order), implementation=form)
+
+    return forward, x
+
+
 def _convolution(form, B: int, T: int, D: int, W: int):
     """Packed documents, silu; padding in the middle is a branch that neither form takes."""
     x = {"x": _low(B, T, D), "w": _low(W, D), "bias": _low(D), "tail": _low(B, W - 1, D)}
@@ -79,10 +113,79 @@ def _convolution(form, B: int, T: int, D: int, W: int):
     return forward, x
 
 
+def _megablox_tiling(M: int, E: int) -> tuple[int, int, int]:
+    """One for all its legs, of rows, contraction and columns; fits VMEM, and rows suit the mean group."""
+    return min(512, max(128, M // E // 2)), 1024, 1024
+
+
+def _grouped(form, M: int, K: int, N: int, E: int):
+    """'megablox' is jax's own kernel, with its transposed and outer legs."""
+    x = {"x": _low(M, K), "w": _low(E, K, N), "sizes": jax.ShapeDtypeStruct((E,), jnp.int32)}
+
+    def forward(x):
+        if form == "megablox":
+            from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+            return gmm(x["x"], x["w"], x["sizes"], preferred_element_type=jnp.bfloat16, tiling=_megablox_tiling(M, E))
+        return grouped_matmul(x["x"], x["w"], x["sizes"], implementation=form)
+
+    return forward, x
+
+
+def _megablox_steps(form, way, M: int, K: int, N: int, E: int):
+    """As many visits of tiles as any load needs, like the steps counted for our own kernel."""
+    if form != "megablox":
+        return None
+    if way == "dx":
+        K, N = N, K
+    rows, inner, columns = (-(-size // tile) for size, tile in zip((M, K, N), _megablox_tiling(M, E), strict=True))
+    return (rows + E - 1) * inner * columns
+
+
+def _selection(form, B: int, T: int, H: int, K: int, N: int):
+    """DSA's indexer: scores, top-k, and a bit a key; XLA's form sorts."""
+    x = {"q": _low(B, T, H, K), "k": _low(B, T, K), "w": _single(B, T, H)}
+    tokens = tokens_of(None, (B, T))
+    return lambda x: select_mask(x["q"], x["k"], x["w"], tokens, tokens, top_k=N, implementation=form), x
+
+
+def _selected(form, B: int, T: int, H: int, K: int, V: int):
+    """Attention to a selection of one bit a key; 'splash' attends to every key before."""
+    x = {"q": _low(B, T, H, K), "k": _low(B, T, H, K), "v": _low(B, T, H, V)}
+    words = jax.ShapeDtypeStruct((B, T, 128 * -(-T // 4096)), jnp.uint32)
+
+    def forward(x):
+        selected = None if form == "splash" else x["words"]
+        return (attention(x["q"], x["k"], x["v"], selected_BTN=selected, implementation=form),)
+
+    return forward, x | {"words": words}
+
+
 CASES = {
     "additive": _linear("token", False),
     "delta_rule": _linear("token", True),
     "kda": _linear("channel", True),
-    "step": Call(_step, {"B": 64, "H": 32, "K": 128, "V": 128}, ("recurrent",), ("forward",)),
+    **{
+        f"grouped_matmul_{name}": Call(
+            _grouped,
+            dict(zip("MKNE", sizes, strict=True)),
+            ("ragged_dot", "megablox"),
+            ("forward", "dx", "dw"),
+            _megablox_steps,
+        )
+        for name, sizes in (("wide", (8192, 4096, 14336, 8)), ("fine", (32768, 2048, 768, 128)))
+    },
+    "sparse_select": Call(
+        _selection,
+        {"B": 1, "T": 8192, "H": 64, "K": 128, "N": 2048},
+        ("xla",),
+        ("forward",),
+        inner=lambda T, **shape: -(-T // 256),  # blocks of keys
+    ),
+    "sparse_attention": Call(_selected, {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128}, ("splash",)),
+    "step": Call(_step, {"B": 64, "H": 32, "K": 128, "V": 128}, ("recurrent",), ("forward",), donates=True),
+    "gated_deltanet_step": Call(
+        _mixer_step, {"B": 64, "G": 16, "H": 32, "K": 128, "V": 128, "W": 4}, ("xla",), ("forward",), donates=True
+    ),
     "causal_conv": Call(_convolution, {"B": 1, "T": 8192, "D": 8192, "W": 4}, ("xla",)),
 }

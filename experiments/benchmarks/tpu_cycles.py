@@ -5,6 +5,7 @@ times its steps, an XLA operation libtpu's own estimate times the trips of the l
 it ranks programs compiled by one libtpu and is not a time. Needs libtpu (the ``aot`` extra).
 """
 
+import dataclasses
 import functools
 import glob
 import importlib.metadata
@@ -46,11 +47,16 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(topology: str, name: str, way: str, form: str | None, shape: dict[str, int], timeout: float = 550) -> dict:
-    """Compile in a process of its own (libtpu takes its flags from the environment) and count.
+def measure(topology: str, name: str, way: str, form: str | None, shape: dict[str, int]) -> dict[str, Any]:
+    """What ``measure_all`` says of one call."""
+    return measure_all(topology, [(name, way, form, shape)])[0]
 
-    Returns cycles, kernel_cycles, temp_bytes and ``kernels``: bundles a grid step by kernel. Raises RuntimeError with libtpu's
-    words where the program does not compile.
+
+def measure_all(topology: str, calls: list[tuple], timeout: float = 550) -> list[dict[str, Any]]:
+    """Compile calls (name, way, form, shape) in a process of their own (libtpu takes its flags from the environment) and count.
+
+    Returns of each: cycles, kernel_cycles, temp_bytes, ``bundles_per_step`` by kernel, and ``uncounted``: kernels that loop as
+    often as data says, counted as one step. Raises RuntimeError with libtpu's words where a program does not compile.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false"
@@ -62,21 +68,14 @@ def measure(topology: str, name: str, way: str, form: str | None, shape: dict[st
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, [libtpu_folder(), os.environ.get("PYTHONPATH")])),
         }
-        command = [sys.executable, "-m", __name__, topology, name, way, str(form), json.dumps(shape), folder]
+        command = [sys.executable, "-m", __name__, topology, json.dumps(calls), folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        out = Path(folder) / "compiled.json"
-        if not out.exists():
+        out = Path(folder) / "counted.jsonl"
+        counted = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        if len(counted) < len(calls):
+            name, way, form, _ = calls[len(counted)]
             raise RuntimeError(f"{name} {way} {form} for {topology} did not compile: {done.stderr[-2000:]}")
-        compiled = json.loads(out.read_text())
-        kernels = _bundles(folder)
-    cycles, kernel_cycles, calls = _count(compiled["text"], kernels)
-    return {
-        "cycles": cycles,
-        "kernel_cycles": kernel_cycles,
-        "custom_calls": sorted(calls),
-        "bundles_per_step": {name: round(kernels[name][0]) for name in calls if name in kernels},
-        "temp_bytes": compiled["temp_bytes"],
-    }
+    return counted
 
 
 def libtpu_folder() -> str | None:
@@ -94,43 +93,93 @@ def libtpu_version() -> str:
     return next(d.version for d in importlib.metadata.distributions(name="libtpu", path=path))
 
 
-def _compile(topology, name, way, form, shape, folder):
+def _compile(topology: str, calls: str, folder: str):
+    """A line of counted.jsonl for each call."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    function, arguments = case(name, way, None if form == "None" else form, **json.loads(shape))
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     # The TPU's own device kind: the highest precision inside a kernel needs it.
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     one = SingleDeviceSharding(device)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        lowered = jax.jit(function, in_shardings=one, out_shardings=one).lower(*arguments)
-    compiled = lowered.compile()
-    memory: Any = compiled.memory_analysis()
-    result = {"text": compiled.as_text(), "temp_bytes": memory.temp_size_in_bytes}
-    (Path(folder) / "compiled.json").write_text(json.dumps(result))
+    for name, way, form, shape in json.loads(calls):
+        function, arguments = case(name, way, form, **shape)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+            given = (0,) if CASES[name].donates else ()
+            jitted = jax.jit(function, in_shardings=one, out_shardings=one, donate_argnums=given, keep_unused=True)
+            lowered = jitted.lower(*arguments)
+        compiled = lowered.compile()
+        call = CASES[name]
+        kernels, uncounted = _bundles(folder, call.steps(form, way, **shape), call.inner(**shape))
+        cycles, kernel_cycles, custom_calls = _count(compiled.as_text() or "", kernels)
+        memory: Any = compiled.memory_analysis()
+        result = {
+            "cycles": cycles,
+            "kernel_cycles": kernel_cycles,
+            "custom_calls": sorted(custom_calls),
+            "bundles_per_step": {call: round(kernels[call][0]) for call in sorted(custom_calls) if call in kernels},
+            "uncounted": sorted(uncounted & custom_calls),
+            "temp_bytes": memory.temp_size_in_bytes,
+        }
+        with open(f"{folder}/counted.jsonl", "a") as out:
+            out.write(json.dumps(result) + "\n")
 
 
-def _bundles(folder) -> dict[str, tuple[float, float]]:
-    """By kernel: (bundles of a grid step, bundles of the whole call)."""
-    found = {}
-    for path in glob.glob(f"{folder}/*final_bundles.txt"):
+def _bundles(folder, steps: int | None, inner: int | None) -> tuple[dict[str, tuple[float, float]], set[str]]:
+    """By kernel: (bundles of a grid step, each once; bundles of the whole call); and those that loop as often as data says.
+
+    ``steps`` and ``inner`` are the trips of grids and of loops inside them whose ends are data. Takes libtpu's files away, so that
+    the next call's are told from them.
+    """
+    found, uncounted = {}, set()
+    for path in glob.glob(f"{folder}/*.txt"):
         name = Path(path).name
-        if "analysis" in name:
-            continue
-        name = re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", name)
-        outside, inside, trips = 0, 0, [1]
-        with open(path, errors="replace") as lines:
-            for line in lines:
-                bundle = re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{", line)
-                if bundle:
-                    inside, outside = inside + (">" in bundle[1]), outside + (">" not in bundle[1])
-                trips += map(
-                    int, re.findall(r"scmp\.(?:ge|eq)\.s32\.totalorder %\S+, (\d+)\s*/\* loop exit test", line)
-                )
-        found[name] = (inside, outside + inside * max(trips))
-    return found
+        if name.endswith("final_bundles.txt") and "analysis" not in name:
+            name = re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", name)
+            whole = _loops(Path(path).read_text(errors="replace"))
+            found[name] = (whole.inside(), whole.cost([1, steps, inner]))
+            if whole.open_ended([1, steps, inner]):
+                uncounted.add(name)
+        os.remove(path)
+    return found, uncounted
+
+
+@dataclasses.dataclass
+class _Loop:
+    bundles: int = 0
+    trips: int | None = None
+    loops: list["_Loop"] = dataclasses.field(default_factory=list)
+
+    def inside(self) -> int:
+        return sum(loop.bundles + loop.inside() for loop in self.loops)
+
+    def cost(self, given: list[int | None]) -> int:
+        """``given``: trips where the program says none, by depth; the last also holds for what is deeper."""
+        trips = self.trips or given[0] or 1
+        return trips * (self.bundles + sum(loop.cost(given[1:] or given) for loop in self.loops))
+
+    def open_ended(self, given: list[int | None]) -> bool:
+        return not (self.trips or given[0]) or any(loop.open_ended(given[1:] or given) for loop in self.loops)
+
+
+def _loops(text: str) -> _Loop:
+    """The nest of loops of a scheduled program: a bundle says how deep it lies, and the first of a loop's body that it is."""
+    nest = [_Loop(trips=1)]
+    for line in text.splitlines():
+        bundle = re.match(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{(?!\})", line)
+        if bundle:  # the empty ones say nothing of their depth
+            depth = bundle[2].count(">")
+            begins = bundle[1] == "LB"
+            del nest[depth if begins else depth + 1 :]
+            while len(nest) <= depth:
+                if begins or not nest[-1].loops:
+                    nest[-1].loops.append(_Loop())
+                nest.append(nest[-1].loops[-1])
+            nest[-1].bundles += 1
+        for trips in re.findall(r"scmp\.(?:ge|eq)\.s32\.totalorder %\S+, (\d+)\s*/\* loop exit test", line):
+            nest[-1].trips = max(int(trips), nest[-1].trips or 0)
+    return nest[0]
 
 
 def _count(text: str, kernels: dict[str, tuple[float, float]]) -> tuple[int, int, set[str]]:
