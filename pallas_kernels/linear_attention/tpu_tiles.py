@@ -79,14 +79,15 @@ class Products(NamedTuple):
 
     def sums(self, x, constant):
         """x times a matrix of zeros and ones, to 16 bits of x more than ``dtype`` needs: cotangents of gates."""
-        return sum(self.dot(part, constant) for part in split(x, 3 if self.dtype == jnp.float32 else 2))
+        parts = split(x, 3 if self.dtype == jnp.float32 else 2)
+        return self.dot(jnp.concatenate(parts, axis=1), jnp.concatenate([constant] * len(parts), axis=0))
 
     def three_pass(self, x, y):
         """x y to float32 accuracy but for the product of the two remainders."""
         if self.dtype == jnp.float32:
             return self.nn(x, y)
         (xh, xl), (yh, yl) = split(x, 2), split(y, 2)
-        return self.dot(xh, yh) + self.dot(xh, yl) + self.dot(xl, yh)
+        return self.dot(jnp.concatenate([xh, xh, xl], axis=1), jnp.concatenate([yh, yl, yh], axis=0))
 
 
 def iota(shape, axis):

@@ -50,16 +50,16 @@ def make_constants(C):
 
 
 def spans(gates, constants, products):
-    """For every head its gates summed, in bits, over (j, i] and, in the last lanes, over [0, i]: [C, C + LANES]. All heads go
-    through one product, so that its constant is loaded once."""
+    """For every head its gates summed, in bits, over (j, i] and, in the last lanes, over [0, i]: [C, C + LANES]. All heads and
+    parts go through one product: its constant is loaded once, and the parts are added where products are."""
     C = constants.lower.shape[0]
     mask = constants.lower_low.reshape(C // 16, 16, C)
-    stack = [], [], []
+    stack = []
     for g in gates:
-        for part, parts in zip(split_row(jnp.maximum(g, ERASE) * LOG2_E), stack, strict=True):
-            part = jnp.broadcast_to(part, (16, C)).astype(jnp.bfloat16)
-            parts.append((mask * part[None]).reshape(C, C))
-    sums: Any = sum(products.dot(jnp.concatenate(parts, axis=0), constants.after) for parts in stack)
+        parts = [jnp.broadcast_to(x, (16, C)) for x in split_row(jnp.maximum(g, ERASE) * LOG2_E)]
+        parts = [(mask * part.astype(jnp.bfloat16)[None]).reshape(C, C) for part in parts]
+        stack.append(jnp.concatenate(parts, axis=1))
+    sums = products.dot(jnp.concatenate(stack, axis=0), jnp.concatenate([constants.after] * 3, axis=0))
     return [sums[i * C : (i + 1) * C] for i in range(len(gates))]
 
 
