@@ -117,6 +117,7 @@ def test_training_on_a_long_row_fits(stage, prefill):
     assert memory.temp_size_in_bytes < 4 * length**2 / 8
 
 
+@pytest.mark.slow
 def test_a_mask_of_bits_selects_what_is_gathered():
     """So many keys that a bit each is less than naming those selected: with and without a loss that wants them named."""
     length, config = 136, dataclasses.replace(SMALL, top_k=130)

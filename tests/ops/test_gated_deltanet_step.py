@@ -69,6 +69,7 @@ def test_kernel(dtype, bound):
     check(got, defined({name: np.asarray(a, np.float64) for name, a in x.items()}, 2.0, 1e-5), bound)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_definitions():
     x = {name: jnp.asarray(a, jnp.float32) for name, a in arrays(2).items()}
     loss = lambda implementation: lambda x: sum(jnp.sum(jnp.sin(y)) for y in program(implementation)(x))  # noqa: E731
