@@ -26,7 +26,7 @@ demo: $(VENV)/base.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: $(VENV)/test.stamp $(VENV)/aot.stamp
+test-slow: $(VENV)/test.stamp $(VENV)/aot.stamp $(VENV)/aot_gpu.stamp
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp
@@ -52,6 +52,13 @@ $(VENV)/test.stamp: $(DEPENDS)
 $(VENV)/aot.stamp: $(VENV)/test.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
 		--target $(VENV)/aot libtpu || echo "No libtpu for this machine: tests that compile for TPUs are skipped."
+	@touch $@
+
+# The same for an H200: JAX's CUDA plugin and ptxas, in a folder of their own for the same reason.
+$(VENV)/aot_gpu.stamp: $(VENV)/test.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		--target $(VENV)/aot_gpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm \
+		|| echo "No CUDA plugin for this machine: tests that compile for GPUs are skipped."
 	@touch $@
 
 clean:

@@ -103,7 +103,8 @@ def linear(mechanism, B, T, G, H, D, decay, delta, target=None) -> Case:
     # A token and head: read, write and, with the delta rule, predict, each a K x V product with a vector.
     flops = 2.0 * B * T * H * D * D * (3 if delta else 2)
     shape = {"B": B, "T": T, "G": G, "H": H, "K": D, "V": D, "dtype": "bfloat16"}
-    return Case(f"linear_attention {mechanism}", shape, build, flops, ("tpu",), "chunked", target=target or {})
+    kernels = ("tpu",) if delta or decay == "channel" else ("tpu", "gpu")
+    return Case(f"linear_attention {mechanism}", shape, build, flops, kernels, "chunked", target=target or {})
 
 
 def decode(B, H, D, steps=64) -> Case:
@@ -128,7 +129,9 @@ def decode(B, H, D, steps=64) -> Case:
 
     shape = {"B": B, "H": H, "K": D, "V": D, "dtype": "bfloat16"}
     flops = 2.0 * B * H * D * D * 3
-    return Case("linear_attention_step", shape, build, flops, ("tpu",), "recurrent", ways=("forward",), calls=steps)
+    return Case(
+        "linear_attention_step", shape, build, flops, ("tpu", "gpu"), "recurrent", ways=("forward",), calls=steps
+    )
 
 
 def convolution(B, T, D, W=4) -> Case:

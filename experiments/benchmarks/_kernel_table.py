@@ -23,6 +23,12 @@ _STATIC = """
 `python -m experiments.benchmark tpu_cycles`: static cycles of the program that libtpu {libtpu} schedules for {topology}, in
 millions; no stalls, no bandwidth. They rank forms of one call and are not a time.
 """
+_REGISTERS = """
+# GPU, compiled but not run
+
+`python -m experiments.benchmark gpu_registers`: registers a thread and bytes spilled, as ptxas says for the {target}, {shape}.
+Not a time. A kernel that one call launches twice with other options has two rows.
+"""
 
 
 def slug(device_kind: str) -> str:
@@ -44,7 +50,8 @@ def text(results: Path) -> str:
         for way in case.ways:
             found = [_cell(measured[card], case.name, case.shape, way) for card in measured]
             rows.append([case.name, _shape(case.shape), way, case.target.get(way, "–"), *found])
-    return _HEAD.format(not_measured=NOT_MEASURED) + "\n" + _markdown(rows) + _static(results / "tpu_cycles.json")
+    measured_rows = _HEAD.format(not_measured=NOT_MEASURED) + "\n" + _markdown(rows)
+    return measured_rows + _static(results / "tpu_cycles.json") + _registers(results / "gpu_registers.json")
 
 
 def _latest(folder: Path) -> list[dict[str, Any]]:
@@ -76,6 +83,17 @@ def _static(path: Path) -> str:
 def _millions(row: dict[str, Any]) -> str:
     """Where a kernel loops as often as data says, what was counted is less than it costs."""
     return f"{'> ' if row.get('uncounted') else ''}{row['cycles'] / 1e6:.3f}"
+
+
+def _registers(path: Path) -> str:
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    rows = [["call", "kernel", "registers", "bytes spilled"]]
+    for row in result["rows"]:
+        new = [row["call"], row["kernel"], str(row["registers"]), str(row["spill_bytes"])]
+        rows += [new] if new not in rows else []
+    return _REGISTERS.format(target=result["target"], shape=_shape(result["shape"])) + "\n" + _markdown(rows)
 
 
 def _shape(shape: dict[str, Any]) -> str:

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.linear_attention import tpu
+from pallas_kernels.linear_attention import gpu, tpu
 from research.ops.kept import keepable
 from research.ops.linear_attention import chunked
+
+# How jax.lax.platform_dependent calls a platform, and its kernels.
+_PLATFORMS = {"tpu": tpu, "cuda": gpu}
 
 
 class Plan(NamedTuple):
@@ -77,15 +80,27 @@ def _choose(plan, way, arrays: tuple, **save):
     xla = functools.partial(getattr(chunked, way), chunk_size=plan.chunk_size, **options)
     if plan.implementation == "chunked":
         return xla(*arrays)
-    kernel = functools.partial(getattr(tpu, way), **options)
     if plan.implementation is not None:
-        return kernel(*arrays, interpret=plan.implementation.endswith("interpret"))
-    if not plan.kernel_fits or refuses(plan, (*arrays[:5], arrays[-1])):
-        return xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
+        kernel = getattr(_named(plan), way)
+        return kernel(*arrays, interpret=plan.implementation.endswith("interpret"), **options)
+    kernels = {}
+    if plan.kernel_fits:
+        shapes = (*arrays[:5], arrays[-1])
+        serving = {name: module for name, module in _PLATFORMS.items() if not _refuses(module, plan, shapes)}
+        kernels = {name: functools.partial(getattr(module, way), **options) for name, module in serving.items()}
+    return jax.lax.platform_dependent(*arrays, default=xla, **kernels) if kernels else xla(*arrays)
 
 
 def refuses(plan, arrays) -> str | None:
-    """Why the TPU kernel cannot serve ``arrays`` (q, k, v, g, beta, state), or None."""
-    q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV = arrays
-    return tpu.refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, plan.interval)
+    """Why the kernel that the plan names cannot serve ``arrays`` (q, k, v, g, beta, state), or None."""
+    return _refuses(_named(plan), plan, arrays)
+
+
+def _named(plan) -> Any:
+    return tpu if plan.implementation.startswith("pallas_tpu") else gpu
+
+
+def _refuses(module, plan, arrays):
+    if module is gpu and plan.chunk_size > gpu.C:
+        return f"its chunks are {gpu.C} tokens, got chunk_size={plan.chunk_size}"
+    return module.refuses(*arrays, plan.interval)

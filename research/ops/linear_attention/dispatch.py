@@ -103,8 +103,8 @@ def linear_attention_step(
     Args:
       q_BGK, k_BGK, v_BHV: the token. state_BHKV: the state before it.
       log_decay: None, [H], [B, H] or [B, H, K]. beta: None or [B, H]. scale: multiplies the output.
-      implementation: 'recurrent', 'pallas_tpu' or 'pallas_tpu_interpret'; never falls back. None chooses for the platform
-        when the call is lowered.
+      implementation: 'recurrent', 'pallas_tpu', 'pallas_gpu' or one of these with '_interpret'; never falls back. None
+        chooses for the platform when the call is lowered.
 
     Returns:
       o_BHV in v's dtype and the new state in promote_types(input, float32).
@@ -196,11 +196,9 @@ def check_scale(scale) -> float:
 
 
 def check_implementation(implementation, chunk_size) -> None:
-    """Refuse unknown names, kernels that do not exist, and chunk sizes that cannot be honoured."""
+    """Refuse unknown names and chunk sizes that cannot be honoured."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation in ("pallas_gpu", "pallas_gpu_interpret"):
-        raise NotImplementedError(f"implementation={implementation!r}: linear_attention has no GPU kernel")
     if chunk_size is None:
         return
     if implementation in ("recurrent", "quadratic"):

@@ -1,0 +1,217 @@
+"""The chunked linear recurrence on Hopper GPUs, additive writes with no gate or one a token and head: layouts and launches.
+
+Forward is one walk over the chunks that reads outputs on the way. Where rows, heads and value columns are too few to fill the
+card, the sequence is cut into parts: every part's state from zero first, then the states between parts in XLA (one decay a
+head), then the walk. Backward walks twice: forward for the state before every chunk, in parallel from the saved ones, and back
+for the cotangent of the state after it, with dv on the way. Then it takes dq, dk and dg of all chunks at once.
+
+Products are wgmma's: bfloat16 operands, float32 sums. States are float32 from chunk to chunk.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.linear_attention.gpu_gradients import Gradients, gradients
+from pallas_kernels.linear_attention.gpu_scan import COLUMNS, C, Walk, walk
+
+plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
+LARGEST_KEY = 128  # a state of more rows would spill
+_PROCESSORS = 132  # of an H100 or H200
+_SHORTEST_PART = 16  # chunks
+LOG2_E = 1.4426950408889634
+# e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
+_ERASE = -200.0
+
+
+def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | None:
+    """Why the kernels cannot serve the call, or None."""
+    if beta_BTH is not None:
+        return "it writes additively, and beta is given"
+    if g is not None and g.ndim == 4:
+        return "its gates are one a token and head, and log_decay has one a channel"
+    if state_BHKV.dtype != jnp.float32:
+        return f"it keeps a float32 state, and these inputs want {state_BHKV.dtype}"
+    if any(x.dtype != jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV)):
+        return f"it takes bfloat16, got {q_BTGK.dtype} queries, {k_BTGK.dtype} keys and {v_BTHV.dtype} values"
+    if k_BTGK.shape[3] > LARGEST_KEY:
+        return f"it takes K up to {LARGEST_KEY}, got K = {k_BTGK.shape[3]}"
+    if v_BTHV.shape[1] > interval and interval % C:
+        return f"its chunks are {C} tokens, and states are saved every {interval}"
+    return not_hopper()
+
+
+def not_hopper() -> str | None:
+    """What the call is traced for, where that is known and is no Hopper GPU (wgmma exists nowhere else)."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        hopper = re.search(r"\bG?H\d", device.device_kind)
+        return None if hopper else f"it is for Hopper GPUs, and this one is {device.device_kind}"
+    device = jax.extend.backend.get_default_device()
+    if device.platform == "gpu" and not device.compute_capability.startswith("9."):
+        return f"it is for Hopper GPUs, and this one is {device.device_kind}"
+    return None
+
+
+def vary_like(arrays, like):
+    """Inside jax.shard_map: what comes out of a kernel varies over the mesh axes that ``like`` varies over; its type says so."""
+    axes = jax.typeof(like).manual_axis_type.varying
+    return [jax.lax.pcast(x, tuple(axes), to="varying") if axes else x for x in arrays]
+
+
+def forward(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, *, scale, interval, save, interpret=None, parts=None):
+    """(o_BTHV, state_BHKV, saved_NBHKV or None): ``saved`` holds the state before every ``interval`` tokens. ``parts``: into
+    how many the sequence is cut; None fills the card."""
+    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts)
+    q, k, v = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV)
+    gates = call.gates(g)
+    first = call.pad_state(state_BHKV)
+    starts = call.starts(k, v, gates, first, reverse=False)
+    w = call.walk(read=True, keep=call.per_state if save else 0, kept_dtype=jnp.float32)
+    end, kept, o = walk(w, k, v, q, gates, starts, call.launch)
+    cut = (..., slice(call.K), slice(call.V))
+    saved = kept[: -(-call.T // interval)][cut] if save else None
+    return o[:, : call.T, :, : call.V], end[-1][cut], saved
+
+
+def backward(
+    q_BTGK,
+    k_BTGK,
+    v_BTHV,
+    g,
+    beta_BTH,
+    saved_NBHKV,
+    do_BTHV,
+    dstate_BHKV,
+    *,
+    scale,
+    interval,
+    interpret=None,
+    parts=None,
+):
+    """Cotangents of (q, k, v, g, beta, initial state)."""
+    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts)
+    q, k, v, do = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV), call.values(do_BTHV)
+    gates = call.gates(g)
+    S_NBHKV = call.every_state(k, v, gates, call.pad_state(saved_NBHKV))
+    starts = call.starts(q, do, gates, call.pad_state(dstate_BHKV), reverse=True)
+    w = call.walk(reverse=True, read=True, keep=1, kept_dtype=jnp.bfloat16)
+    end, dS_NBHKV, dv = walk(w, q, do, k, gates, starts, call.launch)
+    s = Gradients(call.B, call.H, call.G, call.Kp, call.Vp, call.chunks, call.gated, scale)
+    dq, dk, of_gates = gradients(s, q, k, v, do, S_NBHKV, dS_NBHKV, gates, call.launch)
+    dg = None if g is None else call.gate_gradient(*of_gates).astype(g.dtype)
+    dq, dk = (x[:, : call.T, :, : call.K] for x in (dq, dk))
+    return dq, dk, dv[:, : call.T, :, : call.V], dg, None, end[0][..., : call.K, : call.V]
+
+
+class _Call:
+    """The sizes of one call; its arrays padded to whole blocks."""
+
+    def __init__(self, q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts):
+        self.B, self.T, self.H, self.V = v_BTHV.shape
+        self.G, self.K = k_BTGK.shape[2:]
+        self.Kp, self.Vp = (-(-width // COLUMNS) * COLUMNS for width in (self.K, self.V))
+        self.gated, self.scale = g is not None, scale
+        self.per_state = -(-interval // C)
+        chunks = -(-self.T // C)
+        if parts is None:
+            blocks = self.B * self.H * self.Vp // COLUMNS
+            parts = 1 if blocks >= _PROCESSORS else max(1, min(chunks // _SHORTEST_PART, 2 * _PROCESSORS // blocks))
+        # Parts end where a state is saved.
+        self.of_part = -(-chunks // (parts * self.per_state)) * self.per_state
+        self.parts = -(-chunks // self.of_part)
+        self.chunks = self.parts * self.of_part
+        self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+    def launch(self, body, inputs, outputs, scratch, name, grid, grid_names):
+        out = plgpu.kernel(
+            body,
+            out_type=outputs,
+            scratch_types=scratch,
+            grid=grid,
+            grid_names=grid_names,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            kernel_name=name,
+            interpret=self.interpret,
+        )(*inputs)
+        return vary_like(out, inputs[0])
+
+    def walk(self, **options):
+        sizes = dict(B=self.B, H=self.H, G=self.G, K=self.Kp, V=self.Vp, parts=self.parts, chunks=self.of_part)
+        static: dict[str, Any] = dict(
+            gated=self.gated, scale=self.scale, reverse=False, keep=0, kept_dtype=None, read=False
+        )
+        return Walk(**(sizes | static | options))
+
+    def keys(self, x_BTGK):
+        return self._pad(x_BTGK, self.Kp)
+
+    def values(self, x_BTHV):
+        return self._pad(x_BTHV.astype(jnp.bfloat16), self.Vp)
+
+    def _pad(self, x, width):
+        pads = [(0, 0), (0, self.chunks * C - self.T), (0, 0), (0, width - x.shape[3])]
+        return jnp.pad(x, pads) if any(map(any, pads)) else x
+
+    def pad_state(self, x):
+        pads = [(0, 0)] * (x.ndim - 2) + [(0, self.Kp - self.K), (0, self.Vp - self.V)]
+        return jnp.pad(x, pads) if any(map(any, pads)) else x
+
+    def _of_chunks(self, g_BTH):
+        g = jnp.pad(g_BTH, [(0, 0), (0, self.chunks * C - self.T), (0, 0)])
+        return jnp.transpose(g, (0, 2, 1)).reshape(self.B, self.H, self.chunks, C)
+
+    def gates(self, g_BTH):
+        """[B, H, N, 5, C]: running sums in bits, coarse and fine; decay from the chunk's start, to its end, and across.
+
+        A span is the difference of two running sums, and exact all the same: a multiple of 2⁻⁸ up to 64 · 200 log₂ e in
+        size has all its bits in float32, and the rests are below 2⁻⁹, their sums off by 2⁻²⁷ at most.
+        """
+        if g_BTH is None:
+            return None
+        bits = self._of_chunks(jnp.maximum(g_BTH.astype(jnp.float32), _ERASE) * LOG2_E)
+        parts = jnp.round(bits * 256) / 256
+        coarse, fine = jnp.cumsum(parts, axis=-1), jnp.cumsum(bits - parts, axis=-1)
+        start = jnp.exp2(coarse + fine)
+        end = jnp.exp2((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+        across = jnp.broadcast_to(start[..., -1:], start.shape)
+        return jnp.stack([coarse, fine, start, end, across], axis=-2)
+
+    def starts(self, x, y, gates, first_BHKV, reverse):
+        """The state before every part, [parts, B, H, K, V]; in reverse, after every part."""
+        if self.parts == 1:
+            return first_BHKV[None]
+        zeros = jnp.zeros((self.parts, *first_BHKV.shape), jnp.float32)
+        ends, _, _ = walk(self.walk(reverse=reverse), x, y, None, gates, zeros, self.launch)
+        across: Any = jnp.ones((self.parts,))
+        if self.gated:
+            spans = gates[..., 0, -1] + gates[..., 1, -1]
+            spans = jnp.sum(spans.reshape(self.B, self.H, self.parts, self.of_part), axis=-1)
+            across = jnp.moveaxis(jnp.exp2(spans), 2, 0)[..., None, None]
+
+        def body(S_BHKV, part):
+            decay, end_BHKV = part
+            return decay * S_BHKV + end_BHKV, S_BHKV
+
+        return jax.lax.scan(body, first_BHKV, (across, ends), reverse=reverse)[1]
+
+    def every_state(self, k, v, gates, saved_NBHKV):
+        """The state before every chunk, bfloat16, from those before every ``per_state`` chunks: one part each."""
+        missing = self.chunks // self.per_state - saved_NBHKV.shape[0]
+        saved_NBHKV = jnp.pad(saved_NBHKV, [(0, missing)] + [(0, 0)] * 4)
+        if self.per_state == 1:
+            return saved_NBHKV.astype(jnp.bfloat16)
+        w = self.walk(parts=saved_NBHKV.shape[0], chunks=self.per_state, keep=1, kept_dtype=jnp.bfloat16)
+        return walk(w, k, v, None, gates, saved_NBHKV, self.launch)[1]
+
+    def gate_gradient(self, rows, state, pairs, ends):
+        """[B, T, H] from the pieces of every chunk, each [B, H, N, C]: a gate gathers from the pairs around it, from the reads
+        of the chunk's state at and after it, from the writes before it, and from the state that crosses."""
+        after = jnp.flip(jnp.cumsum(jnp.flip(rows, -1), axis=-1), -1)
+        before = jnp.cumsum(ends, axis=-1) - ends
+        dg = pairs + after + before + jnp.sum(state, axis=-1, keepdims=True)
+        return jnp.transpose(dg.reshape(self.B, self.H, self.chunks * C)[..., : self.T], (0, 2, 1))

@@ -1,0 +1,204 @@
+"""The state's walk over chunks on GPU, forward or back, with the outputs of forward read on the way (Mosaic GPU, Hopper).
+
+A thread block is one warpgroup: 64 value columns of one head, over one part of the sequence. The state [K, 64] stays in
+registers from chunk to chunk; chunks arrive by asynchronous copies, two in flight.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
+C = 64  # tokens a chunk: the rows of a wgmma
+COLUMNS = 64  # value columns a thread block: a state of [128, 64] is what registers hold without spilling
+# Rows of the gates' array.
+COARSE, FINE, START, END, ACROSS = range(5)
+
+
+class Walk(NamedTuple):
+    """What is static about a walk. ``keep``: chunks between states that are written out, 0 for none."""
+
+    B: int
+    H: int
+    G: int
+    K: int
+    V: int
+    parts: int
+    chunks: int  # of a part
+    gated: bool
+    reverse: bool
+    keep: int
+    kept_dtype: Any
+    read: bool
+    scale: float
+
+
+def tiles():
+    """How a bfloat16 array lies in shared memory for wgmma."""
+    return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def row(gates_smem, which):
+    """A scalar a token, to be broadcast along the rows of a wgmma's result."""
+    return plgpu.load(gates_smem.at[which], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def column(gates_smem, which):
+    return plgpu.load(gates_smem.at[which], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def along_rows(x_C, width):
+    return jax.lax.broadcast_in_dim(x_C, (x_C.shape[0], width), [0])
+
+
+def along_columns(x_C, height):
+    return jax.lax.broadcast_in_dim(x_C, (height, x_C.shape[0]), [1])
+
+
+def product(x, y, *more):
+    """x y, or the sum of such products of pairs, in float32; operands in shared memory."""
+
+    def scoped(acc):
+        plgpu.wgmma(acc, x, y)
+        for pair in more:
+            plgpu.wgmma(acc, *pair)
+        return acc[...]
+
+    return pl.run_scoped(scoped, plgpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+
+
+def transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def lower(transposed=False):
+    """i ≥ j, or i ≤ j."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=plgpu.Layout.WGMMA)
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=plgpu.Layout.WGMMA)
+    return i <= j if transposed else i >= j
+
+
+def decays(gates_smem, transposed=False):
+    """E [C, C]: e^{span(j, i]} where i ≥ j, 0 elsewhere; or Eᵀ. Coarse running sums are exact, so their differences are, too."""
+    mask = lower(transposed)
+    if gates_smem is None:
+        return jnp.where(mask, 1.0, 0.0)
+    coarse = along_rows(row(gates_smem, COARSE), C) - along_columns(column(gates_smem, COARSE), C)
+    fine = along_rows(row(gates_smem, FINE), C) - along_columns(column(gates_smem, FINE), C)
+    span = -(coarse + fine) if transposed else coarse + fine
+    return jnp.exp2(jnp.where(mask, span, -jnp.inf))
+
+
+def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_smem: Any = None, y_smem: Any = None):
+    """x, y, [r], [gates], start → end, [kept], [o]: S ← Z S + xᵀ (f ⊙ y), chunk after chunk, and before it o = e ⊙ (r S) + P y.
+
+    Forward, (x, y, r, o) is (k, v, q, o): P is q kᵀ ⊙ E, f fades to the chunk's end and e from its start. In reverse it is
+    (q, do, k, dv): P is k qᵀ ⊙ Eᵀ, and f and e change places. A scale goes to outputs, or to what do writes.
+    """
+    given: list[Any] = list(refs)
+
+    def take(wanted: Any = True) -> Any:
+        return given.pop(0) if wanted else None
+
+    x_gmem, y_gmem, r_gmem, gates_gmem = take(), take(), take(w.read), take(w.gated)
+    start_gmem, end_gmem, kept_gmem, o_gmem = take(), take(), take(w.keep), take(w.read)
+
+    blocks = w.V // COLUMNS
+    h = jax.lax.axis_index("columns") // blocks
+    v = jax.lax.axis_index("columns") % blocks
+    b, part = jax.lax.axis_index("batch"), jax.lax.axis_index("part")
+    g = h // (w.H // w.G)
+    columns = pl.ds(v * COLUMNS, COLUMNS)
+
+    def chunk_of(c):
+        return part * w.chunks + (w.chunks - 1 - c if w.reverse else c)
+
+    def body(indices, *blocks_smem: Any):
+        x, y, *more = blocks_smem[:-1]
+        S: Any = blocks_smem[-1]
+        r: Any = more[0] if w.read else None
+        gates: Any = more[-1] if w.gated else None
+        n = chunk_of(indices[0])
+        if w.keep:
+
+            @pl.when(n % w.keep == 0)
+            def _():
+                kept_gmem.at[n // w.keep, b, h, :, columns][...] = S.astype(w.kept_dtype)
+
+        to, since = (START, END) if w.reverse else (END, START)
+        written: Any = y
+        if w.gated or w.reverse:
+            faded = plgpu.load(y, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            if w.gated:
+                faded = faded * along_rows(row(gates, to), COLUMNS)
+            y_smem[...] = (faded * w.scale if w.reverse else faded).astype(jnp.bfloat16)
+            written = y_smem
+        if w.read:
+            S_smem[...] = S.astype(jnp.bfloat16)
+            P_smem[...] = (product(r, transposed(x)) * decays(gates, w.reverse)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        if w.read:
+            # The state's cotangent has its scale.
+            o = product(r, S_smem) if w.reverse else product(r, S_smem) * w.scale
+            if w.gated:
+                o = o * along_rows(row(gates, since), COLUMNS)
+            o = o + product(P_smem, y) * w.scale
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o_smem[...] = o.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_smem, o_gmem.at[b, pl.ds(n * C, C), h, columns])
+        if w.gated:
+            S = S * gates[ACROSS, 0]
+        return S + product(transposed(x), written)
+
+    spec = functools.partial(plgpu.BlockSpec, transforms=tiles())
+    keys = spec((None, C, None, w.K), lambda c: (b, chunk_of(c), g, 0))
+    in_specs = [keys, spec((None, C, None, COLUMNS), lambda c: (b, chunk_of(c), h, v))]
+    inputs = [x_gmem, y_gmem]
+    if w.read:
+        in_specs.append(keys)
+        inputs.append(r_gmem)
+    if w.gated:
+        in_specs.append(plgpu.BlockSpec((None, None, None, 5, C), lambda c: (b, h, chunk_of(c), 0, 0)))
+        inputs.append(gates_gmem)
+    start = plgpu.load(start_gmem.at[part, b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+    # Inside jax.shard_map what is loaded varies over the mesh by its type, and what is computed does not.
+    start = start * 1.0
+    S = plgpu.emit_pipeline(body, grid=(w.chunks,), in_specs=in_specs, max_concurrent_steps=2, init_carry=start)(
+        *inputs
+    )
+    end_gmem.at[part, b, h, :, columns][...] = S
+    if w.read:
+        plgpu.wait_smem_to_gmem(0)
+
+
+def walk(w: Walk, x, y, r, gates, start_RBHKV, launch) -> tuple[Any, Any, Any]:
+    """(end_RBHKV float32, kept [N / keep, B, H, K, V] or None, o or None) of one launch."""
+    tokens = w.parts * w.chunks * C
+    inputs = [x, y, *([r] if w.read else []), *([gates] if w.gated else []), start_RBHKV]
+    outputs = [jax.ShapeDtypeStruct((w.parts, w.B, w.H, w.K, w.V), jnp.float32)]
+    square = plgpu.SMEM((C, COLUMNS), jnp.bfloat16, transforms=tiles())
+    scratch: dict[str, Any] = {}
+    if w.keep:
+        outputs.append(jax.ShapeDtypeStruct((-(-w.parts * w.chunks // w.keep), w.B, w.H, w.K, w.V), w.kept_dtype))
+    if w.read:
+        outputs.append(jax.ShapeDtypeStruct((w.B, tokens, w.H, w.V), jnp.bfloat16))
+        state = plgpu.SMEM((w.K, COLUMNS), jnp.bfloat16, transforms=tiles())
+        scratch |= {"o_smem": square, "S_smem": state, "P_smem": square}
+    if w.gated or w.reverse:
+        scratch["y_smem"] = square
+    end, *rest = launch(
+        functools.partial(walk_kernel, w=w),
+        inputs,
+        outputs,
+        scratch,
+        name="linear_attention_" + ("states" if not w.read else "backward" if w.reverse else "forward"),
+        grid=(w.H * w.V // COLUMNS, w.B, w.parts),
+        grid_names=("columns", "batch", "part"),
+    )
+    kept = rest.pop(0) if w.keep else None
+    return end, kept, rest.pop(0) if w.read else None
