@@ -24,7 +24,12 @@ from research.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """One token a byte, and three special ones: 259 ids."""
+    """One token a byte, and three special ones: 259 ids.
+
+    ``inside``: 256 ids, where BOS and EOS are 254 and 255, bytes that no text in UTF-8 has (H-Net as published).
+    """
+
+    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +128,25 @@ class DecodeStream:
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 … 255 are bytes; 256, 257, 258 are padding, BOS and EOS."""
+    """Ids 0 … 255 are bytes; 256, 257, 258 are padding, BOS and EOS. ``inside``: see ``Bytes``."""
 
-    vocab_size, pad_id, bos_id, eos_id = 259, 256, 257, 258
+    def __init__(self, inside: bool = False):
+        self.vocab_size, self.pad_id, self.bos_id, self.eos_id = (
+            (256, None, 254, 255) if inside else (259, 256, 257, 258)
+        )
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(_as_bytes(text), np.uint8).astype(np.int32)
 
+    def encode_published(self, text: str | bytes) -> np.ndarray:
+        ids = self.encode(text)
+        return ids if self.vocab_size > 256 else np.insert(ids, 0, self.start_id)
+
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        return bytes(i for i in _checked(ids, self.vocab_size) if i < 256)
+        return bytes(i for i in _checked(ids, self.vocab_size) if i < min(256, self.start_id))
 
     def to_json(self) -> str:
-        return json.dumps({"kind": "ByteTokenizer"})
+        return json.dumps({"kind": "ByteTokenizer"} | ({} if self.vocab_size > 256 else {"inside": True}))
 
 
 # The pieces a BPE token never crosses: a word with one sign or space before it; up to three digits; signs; a run
@@ -273,7 +285,7 @@ def build_tokenizer(config: Bytes | BytePairEncoding | TokenizerJson, documents:
       FileNotFoundError: no ``tokenizer.json`` there.
     """
     if isinstance(config, Bytes):
-        return ByteTokenizer()
+        return ByteTokenizer(config.inside)
     if isinstance(config, BytePairEncoding):
         return _train(config, documents)
     return _load(config)
@@ -289,7 +301,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         held = json.loads(text)
         kind, model = held["kind"], json.dumps(held.get("tokenizer"), ensure_ascii=False)
         if kind == "ByteTokenizer":
-            return ByteTokenizer()
+            return ByteTokenizer(held.get("inside", False))
         if kind == "BytePairTokenizer":
             return BytePairTokenizer(model)
         if kind == "HuggingFaceTokenizer":

@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 FREE = (
     "dtype", "param_dtype", "remat", "unroll", "implementation", "chunk_size", "form", "dispatch", "exchange", "chunks",
     "slack", "group_devices", "balance_loss", "balance_normalisation", "z_loss", "sequence_loss", "device_loss",
-    "communication_loss", "importance_loss", "importance_of", "load_loss", "bias_rate", "jitter", "name", "loss",
+    "communication_loss", "importance_loss", "importance_of", "load_loss", "bias_rate", "jitter", "name", "loss", "ratio",
 )  # fmt: skip
 
 
@@ -101,7 +101,8 @@ def save(
     check_describes(config, model.config)
     values = {name: variable[...] for name, variable in variables_of(model)}
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(ModelViews(model))}
-    config = {**config, "dtype": model.config.param_dtype}
+    if "model_type" in config or "dtype" in config:  # others' own programs read theirs strictly
+        config["dtype"] = model.config.param_dtype
     config.pop("torch_dtype", None)
     config.pop("quantization_config", None)
 

@@ -59,7 +59,7 @@ def open_published(directory: Path, dtype: str = "float32", say: Callable[[str],
     """
     hub = huggingface.read_config(directory)
     file = directory / TOKENIZER_FILE
-    told = TokenizerJson(os.fspath(file)) if file.is_file() else Bytes()
+    told = TokenizerJson(os.fspath(file)) if file.is_file() else Bytes(inside=hub.get("vocab_size") == 256)
     if isinstance(told, Bytes):
         say(f"{directory} holds no {TOKENIZER_FILE}: text is read as bytes")
     tokenizer = build_tokenizer(told)

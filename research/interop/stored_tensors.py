@@ -1,4 +1,4 @@
-"""Tensors of a directory of safetensors files, one at a time, whatever they are stored in.
+"""Tensors of a directory of safetensors files (or of PyTorch's .pt files), one at a time, whatever they are stored in.
 
 Read straight from the files, as the format allows (github.com/huggingface/safetensors): memory holds one tensor, and no pages
 of a mapped file; the library's numpy front end knows no float8. The library writes.
@@ -19,6 +19,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from research.interop.pickled_tensors import pickled_tensors
+
+PICKLED = (".pt", ".pth")
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -63,12 +66,12 @@ class StoredTensors:
         """Reads the files' headers.
 
         Raises:
-          ValueError: there are no safetensors files, one that the index names is missing, or one is damaged.
+          ValueError: there are no files of tensors, one that the index names is missing, or one is damaged.
         """
         self.block = block
         self.stored: dict[str, Stored] = {}
         for file in _files(directory):
-            for name, tensor in _header(file).items():
+            for name, tensor in (_pickled(file) if file.suffix in PICKLED else _header(file)).items():
                 if name in self.stored:
                     raise ValueError(f"{name} is in two files, {self.stored[name].file.name} and {file.name}")
                 self.stored[name] = tensor
@@ -142,12 +145,17 @@ def _files(directory: Path) -> list[Path]:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
         if SINGLE_FILE in names:
             names = [SINGLE_FILE]
+        names = names or sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names")
     if not names:
         raise ValueError(f"{directory} holds no safetensors files: it must hold {SINGLE_FILE} or {INDEX_FILE}")
     return [directory / name for name in names]
+
+
+def _pickled(file: Path) -> dict[str, Stored]:
+    return {name: Stored(file, *place) for name, place in pickled_tensors(file).items()}
 
 
 def _header(file: Path) -> dict[str, Stored]:

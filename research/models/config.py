@@ -45,6 +45,7 @@ class HNetConfig:
       ratio: tokens a chunk that the ratio loss asks for.
       loss: coefficient of the ratio loss.
       capacity: slots for chunks as a share of the tokens, without a cache; tokens past them stay in the last chunk.
+      residual_bias: on the projection of what the chunks' outcome is added to, as the authors' code has it.
     """
 
     branches: tuple["Residual", ...]
@@ -54,6 +55,7 @@ class HNetConfig:
     ratio: float = 6.0
     loss: float = 0.03
     capacity: float = 1.0
+    residual_bias: bool = False
     final_norm: RMSNormConfig = RMSNormConfig()
 
     def __post_init__(self):

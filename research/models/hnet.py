@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.axes import Array, Float, Int
-from research.layers.context import Context, Nested
+from research.layers.context import Context, Nested, without_padding
 from research.layers.parameters import constant, normal, project, read
 from research.models.config import HNetConfig
 from research.models.stages import build_stages, factorise, init_states, run_stages
@@ -47,6 +47,7 @@ class HNet(nnx.Module):
         self.w_query_DK = constant(jnp.eye(D), param_dtype, P("fsdp", None))
         self.w_key_DK = constant(jnp.eye(D), param_dtype, P("fsdp", None))
         self.w_residual_DD = constant(jnp.zeros((D, D)), jnp.float32, P("fsdp", None))
+        self.residual_bias_D = constant(jnp.zeros(D), jnp.float32, P(None)) if config.residual_bias else None
         self.pad_D = normal(rngs, (W - D,), param_dtype, P(None), fan_in=W) if W > D else None
         inside = depth + len(config.layers)
         stages, _ = build_stages(self.plan, W, depth=inside, rngs=rngs, param_dtype=param_dtype)
@@ -70,6 +71,8 @@ class HNet(nnx.Module):
         z_BTD, mean_BD = per_shard(self._spread, (h_BMD, p_BM, ids_BM, routing, ids_BT, mean_BD))
         wide = jnp.promote_types(dtype, jnp.float32)
         skip_BTD = project(x_BTD.astype(wide), read(self.w_residual_DD, wide))
+        if self.residual_bias_D is not None:
+            skip_BTD = without_padding(skip_BTD + read(self.residual_bias_D, wide), context)
         y_BTD = z_BTD.astype(wide) * straight_through(routing)[..., None] + skip_BTD
         if state is not None:
             count_B = jnp.sum(ids_BM > 0, axis=1, dtype=state.chunks_B.dtype)

@@ -167,3 +167,12 @@ def test_what_cannot_be_encoded_or_decoded(tokenizers_by_name, name):
 def test_huggingface_encodes_text_only(tmp_path):
     with pytest.raises(ValueError, match="encodes UTF-8 text only"):
         build_tokenizer(TokenizerJson(huggingface_file(tmp_path))).encode(b"\xff")
+
+
+def test_bytes_with_the_special_ones_among_them():
+    """H-Net's: 0xFE and 0xFF, which no text in UTF-8 has."""
+    tokenizer = build_tokenizer(Bytes(inside=True))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (256, 254, 255)
+    assert tokenizer.encode_published("é").tolist() == [254, 0xC3, 0xA9]
+    assert tokenizer.decode([254, 0xC3, 0xA9, 255]) == "é"
+    assert tokenizer_from_json(tokenizer.to_json()).to_json() == tokenizer.to_json() != ByteTokenizer().to_json()

@@ -1,6 +1,6 @@
 """References of families without a class in transformers, put together from its parts under the names of the hub.
 
-Every one is a Llama with other feed-forward layers, and where its paper or its published code says so other scales and norms:
+H-Net is ``composed_hnet``'s. Every other is a Llama with other feed-forward layers, and where its paper or its published code says so other scales and norms:
 DeepSeekMoE 16B (arXiv 2401.06066), MiniCPM-MoE (arXiv 2404.06395) and Grok-1 (github.com/xai-org/grok-1, Apache 2.0).
 They compute a token at a time in the feed-forward layers and know no cache.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from composed_hnet import Network
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
@@ -235,6 +236,18 @@ class Grok1(Decoder):
             for name in ("linear", "linear_v", "linear_1"):
                 state[f"{prefix}moe/{name}/w"] = getattr(layer.mlp, name)
         return {name: parameter.data for name, parameter in state.items()}
+
+
+class HNetForCausalLM(Composed):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        self.backbone = Network(config.arch_layout, config, 0)
+        self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+
+    def forward(self, tokens, use_cache: bool = False):
+        return SimpleNamespace(logits=self.lm_head(self.backbone(self.embeddings(tokens[0])))[None])
 
 
 class GrokAttention(nn.Module):

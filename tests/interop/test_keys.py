@@ -52,6 +52,8 @@ ARGUED = {
     "use_grouped_topk",
     # The clamp that transformers has in Nemotron-H's chunked form alone, and the published kernels don't.
     "time_step_min",
+    # Of drafts of several tokens by one head ahead.
+    "index_share_for_mtp_iteration",
     # Block sizes: sums in another order.
     "chunk_size",
     # What layer_types, layers_block_type and tensors say as well.

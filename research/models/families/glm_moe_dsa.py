@@ -9,6 +9,9 @@ from research.models.hub import Family, Keys, parts
 
 
 def config(keys: Keys) -> ModelConfig:
+    keys.only("moe_router_dtype", "float32")
+    # Of drafts of several tokens with one head ahead.
+    keys.inert("index_share_for_mtp_iteration")
     norm, experts = parts.rms_norm(keys, eps=1e-5), deepseek_v3.experts(keys, 1, 1)
     layout = "pairs" if keys.get("indexer_rope_interleave", True) else "halves"
     own = DSAConfig(**deepseek_v32.sparse_attention(keys), index_layout=layout)

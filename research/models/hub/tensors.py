@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from research.models.config import Residual
+from research.models.config import HNetConfig, Residual
 from research.models.language_model import LanguageModel
+from research.models.stages import Stage, factorise
 
 Box = tuple[slice, ...]
 
@@ -147,8 +148,9 @@ def joined(name: str, *views: View, axis: int = 0, shape: tuple[int, ...] | None
 class PartViews:
     """The arrays of a part of a model by their paths within it: ``head["norm.scale_D"]``."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], prefix: str = "", repeat: int | None = None):
-        self._shapes, self._prefix, self._repeat = shapes, prefix, repeat
+    def __init__(self, shapes: dict[str, tuple[int, ...]], prefix: str = "", repeats: tuple[int, ...] = ()):
+        """``repeats``: which of them it is in the leading axes of its arrays, outer stages first."""
+        self._shapes, self._prefix, self._repeats = shapes, prefix, repeats
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._shapes
@@ -158,15 +160,21 @@ class PartViews:
         if leaf not in self._shapes:
             raise KeyError(f"the model has no {leaf}")
         view = View(leaf, tuple(slice(0, size) for size in self._shapes[leaf]))
-        return view if self._repeat is None else view[self._repeat]
+        return view[self._repeats]
 
 
 class BranchViews(PartViews):
     """The arrays of one residual branch: ``branch["pre_norm.scale_D"]``, ``branch["mixer.w_in_DN"]``."""
 
-    def __init__(self, shapes, prefix: str, repeat: int | None, residual: Residual):
-        super().__init__(shapes, prefix, repeat)
+    def __init__(self, shapes, prefix: str, repeats: tuple[int, ...], residual: Residual):
+        super().__init__(shapes, prefix, repeats)
         self.residual = residual
+
+    @property
+    def over_chunks(self) -> list["BranchViews"]:
+        """The branches that an H-Net runs over its chunks."""
+        plan = factorise(self.mixer(HNetConfig).layers)
+        return _branches(self._shapes, f"{self._prefix}mixer.", plan, self._repeats)
 
     def mixer[Config](self, kind: type[Config]) -> Config:
         """The configuration of its mixer, which must be of the kind."""
@@ -181,7 +189,7 @@ class HeadViews(PartViews):
     def __init__(self, shapes, prefix: str, residuals: Sequence[Residual]):
         super().__init__(shapes, prefix)
         self.branches = [
-            BranchViews(shapes, f"{prefix}unit.branches[{b}].", None, residual) for b, residual in enumerate(residuals)
+            BranchViews(shapes, f"{prefix}unit.branches[{b}].", (), residual) for b, residual in enumerate(residuals)
         ]
 
 
@@ -197,16 +205,20 @@ class ModelViews(PartViews):
     def __init__(self, model: LanguageModel):
         super().__init__({name: variable.shape for name, variable in variables_of(model)})
         self.config = model.config
-        self.branches = [
-            BranchViews(self._shapes, f"stages[{s}].branches[{b}].", repeat, residual)
-            for s, stage in enumerate(model.plan)
-            for repeat in range(stage.repeats)
-            for b, residual in enumerate(stage.unit)
-        ]
+        self.branches = _branches(self._shapes, "", model.plan, ())
         named = {branch.name: branch for branch in model.config.branches}
         ahead = () if model.config.mtp is None else tuple(named[name] for name in model.config.mtp.pattern)
         count = 0 if model.mtp is None else len(model.mtp.heads)
         self.heads = [HeadViews(self._shapes, f"mtp.heads[{k}].", ahead) for k in range(count)]
+
+
+def _branches(shapes, prefix: str, plan: Sequence[Stage[Residual]], repeats: tuple[int, ...]) -> list[BranchViews]:
+    return [
+        BranchViews(shapes, f"{prefix}stages[{s}].branches[{b}].", (*repeats, repeat), residual)
+        for s, stage in enumerate(plan)
+        for repeat in range(stage.repeats)
+        for b, residual in enumerate(stage.unit)
+    ]
 
 
 def variables_of(model: LanguageModel) -> list[tuple[str, nnx.Variable]]:
