@@ -1,7 +1,9 @@
 """The calls that ``tpu_cycles`` compiles: their shapes, the forms they are compared with, and what is compiled."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from research.ops.causal_conv import causal_conv
 from research.ops.gated_deltanet_step import gated_deltanet_step
 from research.ops.grouped_matmul import grouped_matmul
 from research.ops.linear_attention import linear_attention, linear_attention_step
+from research.ops.losses import projected_cross_entropy
 from research.ops.sparse_attention import select_mask
 
 SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128}
@@ -24,6 +27,7 @@ class Call:
     steps: ``(form, way, **shape)`` -> grid steps to count for kernels whose grid is known only when they run, or None.
     inner: ``(**shape)`` -> trips, at most, of loops within a grid step that are known only then, or None.
     donates: the arguments are the callee's to overwrite.
+    kernel: there is a kernel of our own.
     """
 
     build: Callable[..., tuple[Callable, Any]]
@@ -33,12 +37,13 @@ class Call:
     steps: Callable[..., int | None] = lambda form, way, **shape: None
     inner: Callable[..., int | None] = lambda **shape: None
     donates: bool = False
+    kernel: bool = True
 
 
 def case(name: str, way: str, form: str | None, **shape):
     """(function, arguments as shapes)."""
     forward, x = CASES[name].build(form, **shape)
-    if way == "forward":
+    if way == "forward" or not CASES[name].kernel:  # what has no kernel is a whole call already
         return forward, (x,)
     if way in ("dx", "dw"):  # one leg: what the others need is dead code
         return lambda x, cotangent: jax.vjp(forward, x)[1](cotangent)[0][way[1]], (x, jax.eval_shape(forward, x))
@@ -161,6 +166,39 @@ def _selected(form, B: int, T: int, H: int, K: int, V: int):
     return forward, x | {"words": words}
 
 
+def _cross_entropy(form, N: int, D: int, V: int):
+    """Sum of losses and both gradients from hidden states and head; 'tokamax' is that library's TPU kernel in the block
+    sizes of fewest cycles out of fourteen."""
+    x = {"x": _low(N, D), "head": _low(D, V), "targets": jax.ShapeDtypeStruct((N,), jnp.int32)}
+
+    def ours(x):
+        def loss(x_BTD, head_DV):
+            return projected_cross_entropy(x_BTD, head_DV, x["targets"][None], jnp.ones((1, N), bool))[0]
+
+        return jax.value_and_grad(loss, (0, 1))(x["x"][None], x["head"])
+
+    def theirs(x):
+        library, blocks = _tokamax(), dict(b_block_size=2048, h_block_size=2048, v_block_size=1024, reduction="sum")
+        forward = library.linear_softmax_cross_entropy_loss_fwd_pallas_mosaic_tpu
+        backward = library.linear_softmax_cross_entropy_loss_bwd_pallas_mosaic_tpu
+        loss, log_sums = forward(x["x"], x["targets"], x["head"], **blocks)
+        return loss, backward(jnp.float32(1), log_sums, x["x"], x["targets"], x["head"], **blocks)
+
+    return theirs if form == "tokamax" else ours, x
+
+
+def _tokamax():
+    """The one file: the package wants more than is installed here, and to know the device (``pip install --no-deps tokamax``)."""
+    package = importlib.util.find_spec("tokamax")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("tokamax is not installed: pip install --no-deps tokamax")
+    path = Path(package.origin).parent / "_src/ops/linear_softmax_cross_entropy_loss/pallas_mosaic_tpu_kernel.py"
+    spec: Any = importlib.util.spec_from_file_location("tokamax_cross_entropy", path)
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 CASES = {
     "additive": _linear("token", False),
     "delta_rule": _linear("token", True),
@@ -186,6 +224,13 @@ CASES = {
     "step": Call(_step, {"B": 64, "H": 32, "K": 128, "V": 128}, ("recurrent",), ("forward",), donates=True),
     "gated_deltanet_step": Call(
         _mixer_step, {"B": 64, "G": 16, "H": 32, "K": 128, "V": 128, "W": 4}, ("xla",), ("forward",), donates=True
+    ),
+    "cross_entropy": Call(
+        _cross_entropy,
+        {"N": 8192, "D": 4096, "V": 151936},
+        ("xla", *(("tokamax",) if importlib.util.find_spec("tokamax") else ())),
+        ("forward_backward",),
+        kernel=False,
     ),
     "causal_conv": Call(_convolution, {"B": 1, "T": 8192, "D": 8192, "W": 4}, ("xla",)),
 }

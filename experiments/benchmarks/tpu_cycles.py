@@ -40,7 +40,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     rows = []
     shape = {} if CASES[name].shape == SHAPE else {"shape": CASES[name].shape}
     for way in CASES[name].ways:
-        for form in (None, *CASES[name].others):
+        for form in (*((None,) if CASES[name].kernel else ()), *CASES[name].others):
             result = measure(TOPOLOGY, name, way, form, CASES[name].shape)
             rows.append({"mechanism": name, "way": way, "form": form or "kernel", **shape, **result})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
