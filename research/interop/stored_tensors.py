@@ -186,13 +186,16 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to fill, which becomes ``directory`` once the block is left without an error, and is removed otherwise.
 
     Raises:
-      ValueError: ``directory`` exists and isn't empty.
+      ValueError: ``directory`` exists and isn't empty, or can't be made.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists: it must be an empty directory or not exist yet")
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{directory} can't be made: {error.strerror}") from error
     try:
         yield unfinished
         with contextlib.suppress(FileNotFoundError):

@@ -284,3 +284,5 @@ def test_only_a_config_that_describes_the_model_is_saved(g, tmp_path):
     assert not (tmp_path / "again").exists()
     with pytest.raises(ValueError, match="must be an empty directory or not exist yet"):
         huggingface.save(model, g.hub, tmp_path / "original")
+    with pytest.raises(ValueError, match=r"config.json/below can't be made: Not a directory"):
+        huggingface.save(model, g.hub, tmp_path / "original/config.json/below")
