@@ -90,6 +90,7 @@ def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys, mon
     models = [load_for_inference(run).model for run in (dense, experts)]
     one, many = (jax.jit(lambda model: model(tokens_BT).logits_BTV)(model) for model in models)
     np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(cli, "keep_compiled", lambda folder: None)
     # It has seen no data of ours, and no optimizer.
     words = ["tiny", "--workdir", str(experts)]
     assert cli.call(train.main, words) == 2
@@ -102,7 +103,6 @@ def test_a_published_model_becomes_a_mixture_of_experts(g, tmp_path, capsys, mon
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(" ".join(["in the beginning was a word"] * (40 + number)))
     monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
-    monkeypatch.setattr(cli, "keep_compiled", lambda folder: None)
     run = tmp_path / "run"
     assert cli.call(train.main, ["published", *told, "train.steps=2", "--workdir", str(run)]) == 0
     said = capsys.readouterr().out
