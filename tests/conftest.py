@@ -10,5 +10,5 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 # A program started within a test may ask for JAX's cache on disk: jax 0.11.2 was once seen to crash while it wrote there from a
-# process that had compiled for an hour.
+# process that had compiled for half an hour.
 jax.config.update("jax_enable_compilation_cache", False)
