@@ -24,10 +24,10 @@ demo: $(VENV)/base.stamp
 	@echo && echo "To type the commands above in this shell, first: source $(BIN)/activate"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --max-worker-restart 0
 
 test-slow: $(VENV)/test.stamp $(VENV)/aot.stamp $(VENV)/aot_gpu.stamp
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
