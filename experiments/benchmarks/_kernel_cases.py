@@ -164,7 +164,7 @@ def grouped(load, M, K, N, E) -> Case:
     shape = {"M": M, "K": K, "N": N, "E": E, "load": load, "dtype": "bfloat16"}
     target = {way: "75 % of a dense product" for way in ("forward", "backward")}
     xla = {"tpu": "ragged_dot", "gpu": "tiled", "cpu": "looped"}
-    return Case("grouped_matmul", shape, build, 2.0 * M * K * N, ("tpu",), xla, target=target)
+    return Case("grouped_matmul", shape, build, 2.0 * M * K * N, ("tpu", "gpu"), xla, target=target)
 
 
 def entropy(T, D, V) -> Case:

@@ -26,8 +26,8 @@ millions; no stalls, no bandwidth. They rank forms of one call and are not a tim
 _REGISTERS = """
 # GPU, compiled but not run
 
-`python -m experiments.benchmark gpu_registers`: registers a thread and bytes spilled, as ptxas says for the {target}, {shape}.
-Not a time. A kernel that one call launches twice with other options has two rows.
+`python -m experiments.benchmark gpu_registers`: registers a thread and bytes spilled, as ptxas says for the {target}, {shape}
+unless the row says otherwise. Not a time. A kernel that one call launches twice with other options has two rows.
 """
 
 
@@ -91,7 +91,8 @@ def _registers(path: Path) -> str:
     result = json.loads(path.read_text())
     rows = [["call", "kernel", "registers", "bytes spilled"]]
     for row in result["rows"]:
-        new = [row["call"], row["kernel"], str(row["registers"]), str(row["spill_bytes"])]
+        call = f"{row['call']} {_shape(row['shape'])}" if "shape" in row else row["call"]
+        new = [call, row["kernel"], str(row["registers"]), str(row["spill_bytes"])]
         rows += [new] if new not in rows else []
     return _REGISTERS.format(target=result["target"], shape=_shape(result["shape"])) + "\n" + _markdown(rows)
 

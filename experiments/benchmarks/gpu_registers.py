@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks._tpu_cases import case
+from experiments.benchmarks._tpu_cases import CASES, case
 
 SHAPE = {"B": 1, "T": 8192, "H": 16, "G": 4, "K": 128, "V": 128}
+_OTHERS = ("grouped_matmul_wide", "grouped_matmul_fine")  # in their own shapes
 _TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -34,12 +35,20 @@ device_description_str: "NVIDIA H200"
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """Rows: call, kernel, registers a thread, bytes spilled, of forward and backward; ``quick`` compiles forward alone."""
-    compiled = measure("additive", "forward" if quick else "forward_backward", SHAPE)
-    rows = [{"call": "additive", **kernel} for kernel in compiled["kernels"]]
-    if not quick:
-        step = measure("step", "forward", {n: size for n, size in SHAPE.items() if n in "BHKV"})
-        rows += [{"call": "step", **kernel} for kernel in step["kernels"]]
+    """Rows: call, kernel, registers a thread, bytes spilled, of forward and backward, and the call's shape where it is not
+    ``shape``; ``quick`` compiles one forward alone."""
+    if quick:
+        calls = {"additive": ("forward", SHAPE)}
+    else:
+        calls = {
+            "additive": ("forward_backward", SHAPE),
+            "step": ("forward", {n: size for n, size in SHAPE.items() if n in "BHKV"}),
+            **{name: ("forward_backward", CASES[name].shape) for name in _OTHERS},
+        }
+    rows = []
+    for name, (way, shape) in calls.items():
+        other = {"shape": {**shape, "dtype": "bfloat16"}} if name in _OTHERS else {}
+        rows += [{"call": name, **other, **kernel} for kernel in measure(name, way, shape)["kernels"]]
     return {"target": "NVIDIA H200", "shape": {**SHAPE, "dtype": "bfloat16"}, "rows": rows}
 
 

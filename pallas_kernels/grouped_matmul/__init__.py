@@ -1,1 +1,1 @@
-"""Kernels of the grouped matrix product: ``tpu`` for TPU, all three legs."""
+"""Kernels of the grouped matrix product: ``tpu`` for TPU and ``gpu`` for Hopper GPUs, all three legs."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul import gpu, tpu
 from research.axes import Array, Float, Int
 from research.ops.grouped_matmul import dense, kernel, looped, ragged, tiled
 from research.ops.grouped_matmul.layout import aligned_rows, padded_sizes, tile_rows
@@ -35,11 +35,12 @@ _LEGS = {
     "tiled": tiled.LEGS,
     "ragged_dot": ragged.LEGS,
     "dense": dense.LEGS,
-    "pallas_tpu": kernel.legs(interpret=False),
-    "pallas_tpu_interpret": kernel.legs(interpret=True),
+    "pallas_tpu": kernel.legs("TPU", interpret=False),
+    "pallas_gpu": kernel.legs("GPU", interpret=False),
+    "pallas_tpu_interpret": kernel.legs("TPU", interpret=True),
+    "pallas_gpu_interpret": kernel.legs("GPU", interpret=True),
 }
 IMPLEMENTATIONS = tuple(_LEGS)
-_MISSING = ("pallas_gpu", "pallas_gpu_interpret")
 
 
 def grouped_matmul(
@@ -60,9 +61,10 @@ def grouped_matmul(
       alignment: above 1 a promise that M is a multiple of it, and that the group sizes are as well or are all M / E
         (see `padded_sizes`). Nothing is gathered then: equal groups are one batched product over experts, others one
         over tiles of that many rows. What breaks the promise is undefined.
-      implementation: 'looped' (equal shares and a loop over tiles; CPU's), 'tiled' (all tiles at once; CUDA's), 'ragged_dot'
-        (XLA's own), 'dense' (every row against every expert: the definition), each for any platform; 'pallas_tpu' (TPU's where
-        it serves the dtype and the widths) and 'pallas_tpu_interpret'; or None: chosen per platform when lowered.
+      implementation: 'looped' (equal shares and a loop over tiles; CPU's), 'tiled' (all tiles at once; other GPUs'),
+        'ragged_dot' (XLA's own), 'dense' (every row against every expert: the definition), each for any platform;
+        'pallas_tpu' (TPU's where it serves the dtype and the widths), 'pallas_gpu' (Hopper GPUs', likewise) and these two
+        with '_interpret'; or None: chosen per platform when lowered.
 
     Returns:
       y_MN in x's dtype, accumulated in float32 (float64 for float64 inputs).
@@ -115,6 +117,8 @@ def _choose(leg, alignment, implementation, clean=False):
         # beats it and megablox in every leg: benchmarks/kernels.md.
         own = "ragged_dot" if tpu.refuses(a, b) else "pallas_tpu"
         forms = {"tpu": bound[own], "cpu": bound["looped"], "default": bound["tiled"]}
+        if not gpu.refuses(a, b):
+            forms["cuda"] = bound["pallas_gpu"]
         return jax.lax.platform_dependent(a, b, sizes_E, **forms)
 
     return by_platform
@@ -133,9 +137,5 @@ def clean_leg(
 
 
 def check_implementation(implementation: str | None) -> None:
-    if implementation in _MISSING:
-        raise NotImplementedError(f"implementation {implementation!r}: grouped_matmul has no GPU kernel")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation is {implementation!r}, it must be None or one of {IMPLEMENTATIONS + _MISSING}"
-        )
+        raise ValueError(f"implementation is {implementation!r}, it must be None or one of {IMPLEMENTATIONS}")

@@ -1,28 +1,31 @@
-"""The TPU kernel's legs."""
+"""The legs of the TPU and GPU kernels."""
 
 import functools
 
 import jax
 
-from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul import gpu, tpu
+
+_MODULES = {"TPU": tpu, "GPU": gpu}
 
 
-def _kernel(function, **options):
+def _kernel(platform, function, **options):
     """A leg from a kernel: over a batch, one call after another."""
     call = jax.custom_batching.sequential_vmap(functools.partial(function, **options))
 
     def leg(a, b, sizes_E, *, alignment, clean):
-        why = tpu.refuses(a, b)
+        why = _MODULES[platform].refuses(a, b)
         if why:
-            raise NotImplementedError(f"grouped_matmul's TPU kernel cannot serve this call: {why}")
+            raise NotImplementedError(f"grouped_matmul's {platform} kernel cannot serve this call: {why}")
         return call(a, b, sizes_E)
 
     return leg
 
 
-def legs(*, interpret: bool):
+def legs(platform: str, *, interpret: bool):
+    module = _MODULES[platform]
     return {
-        "product": _kernel(tpu.product, interpret=interpret),
-        "transposed": _kernel(tpu.product, interpret=interpret, transposed=True),
-        "outer": _kernel(tpu.outer, interpret=interpret),
+        "product": _kernel(platform, module.product, interpret=interpret),
+        "transposed": _kernel(platform, module.product, interpret=interpret, transposed=True),
+        "outer": _kernel(platform, module.outer, interpret=interpret),
     }
