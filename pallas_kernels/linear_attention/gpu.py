@@ -1,9 +1,10 @@
-"""The chunked linear recurrence on Hopper GPUs, additive writes with no gate or one a token and head: layouts and launches.
+"""The chunked linear recurrence on Hopper GPUs with no gate or one a token and head, additive or delta: layouts and launches.
 
 Forward is one walk over the chunks that reads outputs on the way. Where rows, heads and value columns are too few to fill the
 card, the sequence is cut into parts: every part's state from zero first, then the states between parts in XLA (one decay a
-head), then the walk. Backward walks twice: forward for the state before every chunk, in parallel from the saved ones, and back
-for the cotangent of the state after it, with dv on the way. Then it takes dq, dk and dg of all chunks at once.
+head, or by the delta rule a matrix, which walks beside the state), then the walk. Backward walks twice: forward for the state
+before every chunk, in parallel from the saved ones, and back for the cotangent of the state after it, with dv on the way. Then
+it takes dq, dk and dg of all chunks at once. The delta rule solves inside all chunks at once before any walk, either way.
 
 Products are wgmma's: bfloat16 operands, float32 sums. States are float32 from chunk to chunk.
 """
@@ -16,8 +17,9 @@ import jax.extend.backend
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.linear_attention.gpu_gradients import Gradients, gradients
+from pallas_kernels.linear_attention import gpu_delta, gpu_gradients
 from pallas_kernels.linear_attention.gpu_scan import COLUMNS, C, Walk, walk
+from pallas_kernels.linear_attention.gpu_solve import inverse
 
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 LARGEST_KEY = 128  # a state of more rows would spill
@@ -26,12 +28,12 @@ _SHORTEST_PART = 16  # chunks
 LOG2_E = 1.4426950408889634
 # e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
 _ERASE = -200.0
+# A weaker write counts as one of this strength, which no product here can see: dβ divides what was written by β.
+_WEAKEST = 2.0**-40
 
 
 def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | None:
     """Why the kernels cannot serve the call, or None."""
-    if beta_BTH is not None:
-        return "it writes additively, and beta is given"
     if g is not None and g.ndim == 4:
         return "its gates are one a token and head, and log_decay has one a channel"
     if state_BHKV.dtype != jnp.float32:
@@ -57,6 +59,11 @@ def not_hopper() -> str | None:
     return None
 
 
+def _seen(beta):
+    beta = beta.astype(jnp.float32)
+    return jnp.where(jnp.abs(beta) < _WEAKEST, _WEAKEST, beta)
+
+
 def vary_like(arrays, like):
     """Inside jax.shard_map: what comes out of a kernel varies over the mesh axes that ``like`` varies over; its type says so."""
     axes = jax.typeof(like).manual_axis_type.varying
@@ -66,13 +73,14 @@ def vary_like(arrays, like):
 def forward(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, *, scale, interval, save, interpret=None, parts=None):
     """(o_BTHV, state_BHKV, saved_NBHKV or None): ``saved`` holds the state before every ``interval`` tokens. ``parts``: into
     how many the sequence is cut; None fills the card."""
-    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts)
+    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, scale, interval, interpret, parts)
     q, k, v = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV)
     gates = call.gates(g)
+    X = call.solve(k, beta_BTH, gates)
     first = call.pad_state(state_BHKV)
-    starts = call.starts(k, v, gates, first, reverse=False)
-    w = call.walk(read=True, keep=call.per_state if save else 0, kept_dtype=jnp.float32)
-    end, kept, o = walk(w, k, v, q, gates, starts, call.launch)
+    starts = call.starts(k, v, q, gates, X, first, reverse=False)
+    w = call.walk(read=True, out=True, keep=call.per_state if save else 0, kept_dtype=jnp.float32)
+    end, kept, o = walk(w, k, v, q, gates, X, starts, call.launch)
     cut = (..., slice(call.K), slice(call.V))
     saved = kept[: -(-call.T // interval)][cut] if save else None
     return o[:, : call.T, :, : call.V], end[-1][cut], saved
@@ -94,28 +102,34 @@ def backward(
     parts=None,
 ):
     """Cotangents of (q, k, v, g, beta, initial state)."""
-    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts)
+    call = _Call(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, scale, interval, interpret, parts)
     q, k, v, do = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV), call.values(do_BTHV)
     gates = call.gates(g)
-    S_NBHKV = call.every_state(k, v, gates, call.pad_state(saved_NBHKV))
-    starts = call.starts(q, do, gates, call.pad_state(dstate_BHKV), reverse=True)
-    w = call.walk(reverse=True, read=True, keep=1, kept_dtype=jnp.bfloat16)
-    end, dS_NBHKV, dv = walk(w, q, do, k, gates, starts, call.launch)
-    s = Gradients(call.B, call.H, call.G, call.Kp, call.Vp, call.chunks, call.gated, scale)
-    dq, dk, of_gates = gradients(s, q, k, v, do, S_NBHKV, dS_NBHKV, gates, call.launch)
-    dg = None if g is None else call.gate_gradient(*of_gates).astype(g.dtype)
+    X = call.solve(k, beta_BTH, gates)
+    S_NBHKV, u = call.every_state(k, v, gates, X, call.pad_state(saved_NBHKV))
+    starts = call.starts(q, do, k, gates, X, call.pad_state(dstate_BHKV), reverse=True)
+    w = call.walk(reverse=True, read=True, out=True, keep=1, kept_dtype=jnp.bfloat16)
+    end, dS_NBHKV, dv = walk(w, q, do, k, gates, X, starts, call.launch)
+    s = gpu_gradients.Gradients(call.B, call.H, call.G, call.Kp, call.Vp, call.chunks, call.gated, scale)
+    dq, of_queries = gpu_gradients.query_gradient(s, q, k, u, do, S_NBHKV, dS_NBHKV, gates, call.launch)
+    if call.delta:
+        dk, of_keys = gpu_delta.key_gradient(s, q, k, u, do, dv, S_NBHKV, dS_NBHKV, gates, call.launch)
+    else:
+        dk, of_keys = gpu_gradients.key_gradient(s, q, k, v, do, dS_NBHKV, gates, call.launch)
+    dg = None if g is None else call.gate_gradient(of_queries, of_keys).astype(g.dtype)
+    dbeta = call.strength_gradient(u, dv, beta_BTH).astype(beta_BTH.dtype) if call.delta else None
     dq, dk = (x[:, : call.T, :, : call.K] for x in (dq, dk))
-    return dq, dk, dv[:, : call.T, :, : call.V], dg, None, end[0][..., : call.K, : call.V]
+    return dq, dk, dv[:, : call.T, :, : call.V], dg, dbeta, end[0][..., : call.K, : call.V]
 
 
 class _Call:
     """The sizes of one call; its arrays padded to whole blocks."""
 
-    def __init__(self, q_BTGK, k_BTGK, v_BTHV, g, scale, interval, interpret, parts):
+    def __init__(self, q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, scale, interval, interpret, parts):
         self.B, self.T, self.H, self.V = v_BTHV.shape
         self.G, self.K = k_BTGK.shape[2:]
         self.Kp, self.Vp = (-(-width // COLUMNS) * COLUMNS for width in (self.K, self.V))
-        self.gated, self.scale = g is not None, scale
+        self.gated, self.delta, self.scale = g is not None, beta_BTH is not None, scale
         self.per_state = -(-interval // C)
         chunks = -(-self.T // C)
         if parts is None:
@@ -143,7 +157,14 @@ class _Call:
     def walk(self, **options):
         sizes = dict(B=self.B, H=self.H, G=self.G, K=self.Kp, V=self.Vp, parts=self.parts, chunks=self.of_part)
         static: dict[str, Any] = dict(
-            gated=self.gated, scale=self.scale, reverse=False, keep=0, kept_dtype=None, read=False
+            gated=self.gated,
+            delta=self.delta,
+            scale=self.scale,
+            reverse=False,
+            keep=0,
+            kept_dtype=None,
+            read=False,
+            out=False,
         )
         return Walk(**(sizes | static | options))
 
@@ -181,36 +202,62 @@ class _Call:
         across = jnp.broadcast_to(start[..., -1:], start.shape)
         return jnp.stack([coarse, fine, start, end, across], axis=-2)
 
-    def starts(self, x, y, gates, first_BHKV, reverse):
+    def solve(self, k, beta_BTH, gates):
+        """What the delta rule's walks and gradients take from inside every chunk, or None."""
+        return None if beta_BTH is None else inverse(k, self._of_chunks(_seen(beta_BTH)), gates, self.launch)
+
+    def starts(self, x, y, r, gates, X, first_BHKV, reverse):
         """The state before every part, [parts, B, H, K, V]; in reverse, after every part."""
         if self.parts == 1:
             return first_BHKV[None]
         zeros = jnp.zeros((self.parts, *first_BHKV.shape), jnp.float32)
-        ends, _, _ = walk(self.walk(reverse=reverse), x, y, None, gates, zeros, self.launch)
+        w = self.walk(reverse=reverse)
+        if self.delta:
+            # The part's map, from the identity: columns beside the state's, where nothing is written.
+            w = self.walk(reverse=reverse, read=reverse, V=self.Vp + self.Kp)
+            y = jnp.pad(y, [(0, 0)] * 3 + [(0, self.Kp)])
+            eye = jnp.broadcast_to(jnp.eye(self.Kp, dtype=jnp.float32), (*zeros.shape[:-1], self.Kp))
+            zeros = jnp.concatenate([zeros, eye], axis=-1)
+        ends, _, _ = walk(w, x, y, r, gates, X, zeros, self.launch)
+        ends, maps = ends[..., : self.Vp], ends[..., self.Vp :]
         across: Any = jnp.ones((self.parts,))
-        if self.gated:
+        if self.gated and not self.delta:
             spans = gates[..., 0, -1] + gates[..., 1, -1]
             spans = jnp.sum(spans.reshape(self.B, self.H, self.parts, self.of_part), axis=-1)
             across = jnp.moveaxis(jnp.exp2(spans), 2, 0)[..., None, None]
 
         def body(S_BHKV, part):
-            decay, end_BHKV = part
-            return decay * S_BHKV + end_BHKV, S_BHKV
+            across, end_BHKV = part
+            if self.delta:
+                return jnp.matmul(across, S_BHKV, precision=jax.lax.Precision.HIGHEST) + end_BHKV, S_BHKV
+            return across * S_BHKV + end_BHKV, S_BHKV
 
-        return jax.lax.scan(body, first_BHKV, (across, ends), reverse=reverse)[1]
+        return jax.lax.scan(body, first_BHKV, (maps if self.delta else across, ends), reverse=reverse)[1]
 
-    def every_state(self, k, v, gates, saved_NBHKV):
-        """The state before every chunk, bfloat16, from those before every ``per_state`` chunks: one part each."""
+    def every_state(self, k, v, gates, X, saved_NBHKV):
+        """(The state before every chunk, what every token writes), bfloat16, from the states before every ``per_state`` chunks:
+        one part each."""
         missing = self.chunks // self.per_state - saved_NBHKV.shape[0]
         saved_NBHKV = jnp.pad(saved_NBHKV, [(0, missing)] + [(0, 0)] * 4)
-        if self.per_state == 1:
-            return saved_NBHKV.astype(jnp.bfloat16)
-        w = self.walk(parts=saved_NBHKV.shape[0], chunks=self.per_state, keep=1, kept_dtype=jnp.bfloat16)
-        return walk(w, k, v, None, gates, saved_NBHKV, self.launch)[1]
+        if self.per_state == 1 and not self.delta:
+            return saved_NBHKV.astype(jnp.bfloat16), v
+        sizes = dict(parts=saved_NBHKV.shape[0], chunks=self.per_state)
+        w = self.walk(keep=1, kept_dtype=jnp.bfloat16, out=self.delta, **sizes)
+        _, kept, u = walk(w, k, v, None, gates, X, saved_NBHKV, self.launch)
+        return kept, u if self.delta else v
 
-    def gate_gradient(self, rows, state, pairs, ends):
+    def strength_gradient(self, u, dv, beta_BTH):
+        """[B, T, H]: a token writes u = β e and its value's cotangent is dv = β de, so dβ = ⟨e, de⟩."""
+        both = jnp.sum(u.astype(jnp.float32) * dv.astype(jnp.float32), axis=-1)[:, : self.T]
+        return both / jnp.square(_seen(beta_BTH))
+
+    def gate_gradient(self, of_queries, of_keys):
         """[B, T, H] from the pieces of every chunk, each [B, H, N, C]: a gate gathers from the pairs around it, from the reads
         of the chunk's state at and after it, from the writes before it, and from the state that crosses."""
+        rows, state, pairs = of_queries
+        ends, *of_solve = of_keys
+        if of_solve:
+            rows, pairs = rows + of_solve[0], pairs + of_solve[1]
         after = jnp.flip(jnp.cumsum(jnp.flip(rows, -1), axis=-1), -1)
         before = jnp.cumsum(ends, axis=-1) - ends
         dg = pairs + after + before + jnp.sum(state, axis=-1, keepdims=True)

@@ -26,6 +26,7 @@ from pallas_kernels.linear_attention.gpu_scan import (
     product,
     row,
     tiles,
+    top_bits,
     transposed,
 )
 
@@ -45,17 +46,32 @@ class Gradients(NamedTuple):
     scale: float
 
 
-def _float(ref):
+def as_float(ref):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _top_bits(x):
-    """The bfloat16 above ``x`` towards zero, as float32: the remainder is exact."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+def around(pairs, high_smem, low_smem, after_smem):
+    """For every token l the sum of pairs (i, j) with i ≥ l > j; ``after_smem`` holds ones above the diagonal."""
+    high = top_bits(pairs)
+    high_smem[...] = high.astype(jnp.bfloat16)
+    low_smem[...] = (pairs - high).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    before = product(high_smem, after_smem, (low_smem, after_smem))
+    return jnp.sum(jnp.where(lower(), before, 0.0), axis=0)
 
 
-def kernel(*refs: Any, s: Gradients, of_queries, x_smem, other_smem, D_smem, y_smem, barrier, after_smem: Any = None):
+def kernel(
+    *refs: Any,
+    s: Gradients,
+    of_queries,
+    x_smem,
+    other_smem,
+    D_smem,
+    y_smem,
+    barrier,
+    low_smem: Any = None,
+    after_smem: Any = None,
+):
     """q, k, v, do, S, [dS, gates] → dq, or k, q, v, do, dS, [gates] → dk; with gates, rows of what is to be summed for theirs.
 
     For queries: q_in · dq_in of every token; Z S · dS in pieces; for every token l, from the pairs around it. For keys:
@@ -78,7 +94,7 @@ def kernel(*refs: Any, s: Gradients, of_queries, x_smem, other_smem, D_smem, y_s
 
     def add(total, i, v, do, state, *more):
         gates = more[-1] if s.gated else None
-        faded = _float(do) * s.scale if of_queries else _float(v)
+        faded = as_float(do) * s.scale if of_queries else as_float(v)
         out: Any = None
         if s.gated:
             out = of_gates[0].at[part * blocks + i % blocks, b, g * r + i // blocks, n]
@@ -87,20 +103,8 @@ def kernel(*refs: Any, s: Gradients, of_queries, x_smem, other_smem, D_smem, y_s
         y_smem[...] = faded.astype(jnp.bfloat16)
         D = product(do, transposed(v)) * decays(gates) * s.scale
         if with_states:
-            out.at[1][...] = jnp.sum(_float(state) * _float(more[0]), axis=1) * row(gates, ACROSS)
-            pairs = D * product(x_smem, transposed(other_smem))
-
-            def sums(acc):
-                high = _top_bits(pairs)
-                for bits in (high, pairs - high):
-                    D_smem[...] = bits.astype(jnp.bfloat16)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(acc, D_smem, after_smem)
-                    plgpu.wgmma_wait(0)
-                return acc[...]
-
-            before = pl.run_scoped(sums, plgpu.ACC((C, C), jnp.float32))
-            out.at[2][...] = jnp.sum(jnp.where(lower(), before, 0.0), axis=0)
+            out.at[1][...] = jnp.sum(as_float(state) * as_float(more[0]), axis=1) * row(gates, ACROSS)
+            out.at[2][...] = around(D * product(x_smem, transposed(other_smem)), D_smem, low_smem, after_smem)
         D_smem[...] = D.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.wgmma(total, D_smem if of_queries else transposed(D_smem), other_smem)
@@ -127,29 +131,39 @@ def kernel(*refs: Any, s: Gradients, of_queries, x_smem, other_smem, D_smem, y_s
     plgpu.wait_smem_to_gmem(0)
 
 
-def gradients(s: Gradients, q, k, v, do, S_NBHKV, dS_NBHKV, gates, launch) -> tuple[Any, Any, Any]:
-    """(dq, dk, what the gates' cotangents are summed from or None): (rows, state, pairs, ends), each [B, H, N, C]."""
+def query_gradient(s: Gradients, q, k, v, do, S_NBHKV, dS_NBHKV, gates, launch) -> tuple[Any, Any]:
+    """(dq, what the gates' cotangents are summed from or None): (rows, state, pairs), each [B, H, N, C]. By the delta rule ``v``
+    is what was written, u."""
+    inputs = [q, k, v, do, S_NBHKV, *([dS_NBHKV] if s.gated else [])]
+    return _launch(s, True, inputs, gates, 3, "queries", launch)
+
+
+def key_gradient(s: Gradients, q, k, v, do, dS_NBHKV, gates, launch) -> tuple[Any, Any]:
+    """(dk, what the gates' cotangents are summed from or None): (ends,), [B, H, N, C]. Additive writes alone."""
+    return _launch(s, False, [k, q, v, do, dS_NBHKV], gates, 1, "keys", launch)
+
+
+def _launch(s, of_queries, inputs, gates, rows, name, launch):
     square = plgpu.SMEM((C, COLUMNS), jnp.bfloat16, transforms=tiles())
     scratch: dict[str, Any] = {name: square for name in ("x_smem", "other_smem", "D_smem", "y_smem")}
     scratch["barrier"] = plgpu.Barrier(num_arrivals=2)
-    pieces = (s.K // COLUMNS * (s.V // COLUMNS), s.B, s.H, s.chunks)
-    like = jax.ShapeDtypeStruct((s.B, s.chunks * C, s.G, s.K), jnp.bfloat16)
+    pieces = (s.K // COLUMNS * (s.V // COLUMNS), s.B, s.H, s.chunks, rows, C)
+    dx, *of_gates = launch(
+        functools.partial(kernel, s=s, of_queries=of_queries),
+        [*inputs, *([gates] if s.gated else [])],
+        [
+            jax.ShapeDtypeStruct((s.B, s.chunks * C, s.G, s.K), jnp.bfloat16),
+            *([jax.ShapeDtypeStruct(pieces, jnp.float32)] if s.gated else []),
+        ],
+        scratch | ({"low_smem": square, "after_smem": square} if s.gated and of_queries else {}),
+        name=f"linear_attention_backward_{name}",
+        grid=(s.chunks, s.G * s.K // COLUMNS, s.B),
+        grid_names=("chunk", "channels", "batch"),
+    )
+    return dx, summed_pieces(of_gates[0]) if s.gated else None
 
-    def run(of_queries, inputs, rows, name):
-        return launch(
-            functools.partial(kernel, s=s, of_queries=of_queries),
-            [*inputs, *([gates] if s.gated else [])],
-            [like, *([jax.ShapeDtypeStruct((*pieces, rows, C), jnp.float32)] if s.gated else [])],
-            scratch | ({"after_smem": square} if s.gated and of_queries else {}),
-            name=name,
-            grid=(s.chunks, s.G * s.K // COLUMNS, s.B),
-            grid_names=("chunk", "channels", "batch"),
-        )
 
-    inputs = [q, k, v, do, S_NBHKV, *([dS_NBHKV] if s.gated else [])]
-    dq, *of_queries = run(True, inputs, 3, "linear_attention_backward_queries")
-    dk, *of_keys = run(False, [k, q, v, do, dS_NBHKV], 1, "linear_attention_backward_keys")
-    if not s.gated:
-        return dq, dk, None
-    rows = [jnp.sum(x[0], axis=0) for x in (of_queries, of_keys)]
-    return dq, dk, (*(rows[0][..., i, :] for i in range(3)), rows[1][..., 0, :])
+def summed_pieces(rows):
+    """Every kind of piece, [B, H, N, C], from those of every block of channels and columns."""
+    rows = jnp.sum(rows, axis=0)
+    return tuple(rows[..., i, :] for i in range(rows.shape[-2]))

@@ -1,5 +1,7 @@
 """The state's walk over chunks on GPU, forward or back, with the outputs of forward read on the way (Mosaic GPU, Hopper).
 
+One walk serves additive writes and the delta rule, whose solve inside every chunk is another block that comes with it.
+
 A thread block is one warpgroup: 64 value columns of one head, over one part of the sequence. The state [K, 64] stays in
 registers from chunk to chunk; chunks arrive by asynchronous copies, two in flight.
 """
@@ -30,10 +32,12 @@ class Walk(NamedTuple):
     parts: int
     chunks: int  # of a part
     gated: bool
+    delta: bool
     reverse: bool
     keep: int
     kept_dtype: Any
     read: bool
+    out: bool  # whether what is found for every token is written out
     scale: float
 
 
@@ -75,16 +79,19 @@ def transposed(ref):
     return ref.transpose((1, 0))
 
 
-def lower(transposed=False):
-    """i ≥ j, or i ≤ j."""
+def lower(transposed=False, strict=False):
+    """i ≥ j, or i ≤ j; ``strict``: i > j, or i < j."""
     i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=plgpu.Layout.WGMMA)
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=plgpu.Layout.WGMMA)
-    return i <= j if transposed else i >= j
+    if transposed:
+        i, j = j, i
+    return i > j if strict else i >= j
 
 
-def decays(gates_smem, transposed=False):
-    """E [C, C]: e^{span(j, i]} where i ≥ j, 0 elsewhere; or Eᵀ. Coarse running sums are exact, so their differences are, too."""
-    mask = lower(transposed)
+def decays(gates_smem, transposed=False, strict=False):
+    """E [C, C]: e^{span(j, i]} where i ≥ j (``strict``: i > j), 0 elsewhere; or Eᵀ. Coarse running sums are exact, so their
+    differences are, too."""
+    mask = lower(transposed, strict)
     if gates_smem is None:
         return jnp.where(mask, 1.0, 0.0)
     coarse = along_rows(row(gates_smem, COARSE), C) - along_columns(column(gates_smem, COARSE), C)
@@ -93,19 +100,38 @@ def decays(gates_smem, transposed=False):
     return jnp.exp2(jnp.where(mask, span, -jnp.inf))
 
 
-def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_smem: Any = None, y_smem: Any = None):
-    """x, y, [r], [gates], start → end, [kept], [o]: S ← Z S + xᵀ (f ⊙ y), chunk after chunk, and before it o = e ⊙ (r S) + P y.
+def top_bits(x):
+    """The bfloat16 above ``x`` towards zero, as float32: the remainder is exact."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def walk_kernel(
+    *refs: Any,
+    w: Walk,
+    o_smem: Any = None,
+    S_smem: Any = None,
+    P_smem: Any = None,
+    y_smem: Any = None,
+    r_smem: Any = None,
+    u_smem: Any = None,
+):
+    """x, y, [r], [gates], [X], start → end, [kept], [o]: S ← Z S + xᵀ (f ⊙ y), chunk after chunk, and before it
+    o = e ⊙ (r S) + P y.
 
     Forward, (x, y, r, o) is (k, v, q, o): P is q kᵀ ⊙ E, f fades to the chunk's end and e from its start. In reverse it is
     (q, do, k, dv): P is k qᵀ ⊙ Eᵀ, and f and e change places. A scale goes to outputs, or to what do writes.
+
+    By the delta rule, with X = (I + A)⁻¹ diag(β): forward, u = X (v − e ⊙ (k S)) takes the place of v, and is the output where
+    there is no r. In reverse what was o is du; dv = Xᵀ du is the output, and S gains −kᵀ (f ⊙ dv).
     """
     given: list[Any] = list(refs)
 
     def take(wanted: Any = True) -> Any:
         return given.pop(0) if wanted else None
 
-    x_gmem, y_gmem, r_gmem, gates_gmem = take(), take(), take(w.read), take(w.gated)
-    start_gmem, end_gmem, kept_gmem, o_gmem = take(), take(), take(w.keep), take(w.read)
+    x_gmem, y_gmem, r_gmem, gates_gmem, X_gmem = take(), take(), take(w.read), take(w.gated), take(w.delta)
+    start_gmem, end_gmem, kept_gmem, o_gmem = take(), take(), take(w.keep), take(w.out)
 
     blocks = w.V // COLUMNS
     h = jax.lax.axis_index("columns") // blocks
@@ -120,8 +146,9 @@ def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_s
     def body(indices, *blocks_smem: Any):
         x, y, *more = blocks_smem[:-1]
         S: Any = blocks_smem[-1]
-        r: Any = more[0] if w.read else None
-        gates: Any = more[-1] if w.gated else None
+        r: Any = more.pop(0) if w.read else None
+        gates: Any = more.pop(0) if w.gated else None
+        X: Any = more.pop(0) if w.delta else None
         n = chunk_of(indices[0])
         if w.keep:
 
@@ -130,30 +157,53 @@ def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_s
                 kept_gmem.at[n // w.keep, b, h, :, columns][...] = S.astype(w.kept_dtype)
 
         to, since = (START, END) if w.reverse else (END, START)
-        written: Any = y
-        if w.gated or w.reverse:
-            faded = plgpu.load(y, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            if w.gated:
-                faded = faded * along_rows(row(gates, to), COLUMNS)
-            y_smem[...] = (faded * w.scale if w.reverse else faded).astype(jnp.bfloat16)
-            written = y_smem
+
+        def fade(x, which):
+            return x * along_rows(row(gates, which), COLUMNS) if w.gated else x
+
+        def put(smem, x):
+            smem[...] = x.astype(jnp.bfloat16)
+
+        def load(smem):
+            return plgpu.load(smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+        if w.read or w.delta:
+            put(S_smem, S)
         if w.read:
-            S_smem[...] = S.astype(jnp.bfloat16)
-            P_smem[...] = (product(r, transposed(x)) * decays(gates, w.reverse)).astype(jnp.bfloat16)
+            put(P_smem, product(r, transposed(x)) * decays(gates, w.reverse))
+        o: Any = None
+        if w.delta and not w.reverse:
+            plgpu.commit_smem()
+            put(r_smem, load(y) - fade(product(x, S_smem), since))
+            plgpu.commit_smem()
+            o = product(X, r_smem)
+            put(u_smem, o)
+            y = u_smem
+        writes: list[Any] = [(transposed(x), y)]
+        if w.gated or w.reverse:
+            faded = fade(load(y) if o is None else o, to)
+            put(y_smem, faded * w.scale if w.reverse else faded)
+            writes = [(transposed(x), y_smem)]
         plgpu.commit_smem()
         if w.read:
             # The state's cotangent has its scale.
             o = product(r, S_smem) if w.reverse else product(r, S_smem) * w.scale
-            if w.gated:
-                o = o * along_rows(row(gates, since), COLUMNS)
-            o = o + product(P_smem, y) * w.scale
+            o = fade(o, since) + product(P_smem, y) * w.scale
+        if w.delta and w.reverse:
+            put(r_smem, o)
+            plgpu.commit_smem()
+            o = product(transposed(X), r_smem)
+            put(u_smem, -fade(o, to))
+            plgpu.commit_smem()
+            writes.append((transposed(r), u_smem))
+        if w.out:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_smem[...] = o.astype(jnp.bfloat16)
+            put(o_smem, o)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem, o_gmem.at[b, pl.ds(n * C, C), h, columns])
         if w.gated:
             S = S * gates[ACROSS, 0]
-        return S + product(transposed(x), written)
+        return S + product(*writes[0], *writes[1:])
 
     spec = functools.partial(plgpu.BlockSpec, transforms=tiles())
     keys = spec((None, C, None, w.K), lambda c: (b, chunk_of(c), g, 0))
@@ -165,6 +215,9 @@ def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_s
     if w.gated:
         in_specs.append(plgpu.BlockSpec((None, None, None, 5, C), lambda c: (b, h, chunk_of(c), 0, 0)))
         inputs.append(gates_gmem)
+    if w.delta:
+        in_specs.append(spec((None, None, None, C, C), lambda c: (b, h, chunk_of(c), 0, 0)))
+        inputs.append(X_gmem)
     start = plgpu.load(start_gmem.at[part, b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
     # Inside jax.shard_map what is loaded varies over the mesh by its type, and what is computed does not.
     start = start * 1.0
@@ -172,33 +225,39 @@ def walk_kernel(*refs: Any, w: Walk, o_smem: Any = None, S_smem: Any = None, P_s
         *inputs
     )
     end_gmem.at[part, b, h, :, columns][...] = S
-    if w.read:
+    if w.out:
         plgpu.wait_smem_to_gmem(0)
 
 
-def walk(w: Walk, x, y, r, gates, start_RBHKV, launch) -> tuple[Any, Any, Any]:
+def walk(w: Walk, x, y, r, gates, X, start_RBHKV, launch) -> tuple[Any, Any, Any]:
     """(end_RBHKV float32, kept [N / keep, B, H, K, V] or None, o or None) of one launch."""
     tokens = w.parts * w.chunks * C
-    inputs = [x, y, *([r] if w.read else []), *([gates] if w.gated else []), start_RBHKV]
+    given = ((x, True), (y, True), (r, w.read), (gates, w.gated), (X, w.delta), (start_RBHKV, True))
+    inputs = [array for array, wanted in given if wanted]
     outputs = [jax.ShapeDtypeStruct((w.parts, w.B, w.H, w.K, w.V), jnp.float32)]
     square = plgpu.SMEM((C, COLUMNS), jnp.bfloat16, transforms=tiles())
     scratch: dict[str, Any] = {}
     if w.keep:
         outputs.append(jax.ShapeDtypeStruct((-(-w.parts * w.chunks // w.keep), w.B, w.H, w.K, w.V), w.kept_dtype))
-    if w.read:
+    if w.out:
         outputs.append(jax.ShapeDtypeStruct((w.B, tokens, w.H, w.V), jnp.bfloat16))
-        state = plgpu.SMEM((w.K, COLUMNS), jnp.bfloat16, transforms=tiles())
-        scratch |= {"o_smem": square, "S_smem": state, "P_smem": square}
+        scratch["o_smem"] = square
+    if w.read or w.delta:
+        scratch["S_smem"] = plgpu.SMEM((w.K, COLUMNS), jnp.bfloat16, transforms=tiles())
+    if w.read:
+        scratch["P_smem"] = square
     if w.gated or w.reverse:
         scratch["y_smem"] = square
+    if w.delta:
+        scratch |= {"r_smem": square, "u_smem": square}
     end, *rest = launch(
         functools.partial(walk_kernel, w=w),
         inputs,
         outputs,
         scratch,
-        name="linear_attention_" + ("states" if not w.read else "backward" if w.reverse else "forward"),
+        name="linear_attention_" + ("states" if not (w.read and w.out) else "backward" if w.reverse else "forward"),
         grid=(w.H * w.V // COLUMNS, w.B, w.parts),
         grid_names=("columns", "batch", "part"),
     )
     kept = rest.pop(0) if w.keep else None
-    return end, kept, rest.pop(0) if w.read else None
+    return end, kept, rest.pop(0) if w.out else None
