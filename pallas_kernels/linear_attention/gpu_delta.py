@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.linear_attention.gpu_gradients import Gradients, around, as_float, summed_pieces
+from pallas_kernels.linear_attention.gpu_gradients import Gradients, around, summed_pieces
 from pallas_kernels.linear_attention.gpu_scan import (
     COLUMNS,
     END,
     START,
     C,
     along_rows,
+    as_float,
     decays,
     lower,
     product,

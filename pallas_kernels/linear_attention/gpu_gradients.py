@@ -21,6 +21,7 @@ from pallas_kernels.linear_attention.gpu_scan import (
     START,
     C,
     along_rows,
+    as_float,
     decays,
     lower,
     product,
@@ -44,10 +45,6 @@ class Gradients(NamedTuple):
     chunks: int
     gated: bool
     scale: float
-
-
-def as_float(ref):
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
 def around(pairs, high_smem, low_smem, after_smem):

@@ -100,6 +100,10 @@ def decays(gates_smem, transposed=False, strict=False):
     return jnp.exp2(jnp.where(mask, span, -jnp.inf))
 
 
+def as_float(ref):
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
 def top_bits(x):
     """The bfloat16 above ``x`` towards zero, as float32: the remainder is exact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
@@ -164,9 +168,6 @@ def walk_kernel(
         def put(smem, x):
             smem[...] = x.astype(jnp.bfloat16)
 
-        def load(smem):
-            return plgpu.load(smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
         if w.read or w.delta:
             put(S_smem, S)
         if w.read:
@@ -174,14 +175,14 @@ def walk_kernel(
         o: Any = None
         if w.delta and not w.reverse:
             plgpu.commit_smem()
-            put(r_smem, load(y) - fade(product(x, S_smem), since))
+            put(r_smem, as_float(y) - fade(product(x, S_smem), since))
             plgpu.commit_smem()
             o = product(X, r_smem)
             put(u_smem, o)
             y = u_smem
         writes: list[Any] = [(transposed(x), y)]
         if w.gated or w.reverse:
-            faded = fade(load(y) if o is None else o, to)
+            faded = fade(as_float(y) if o is None else o, to)
             put(y_smem, faded * w.scale if w.reverse else faded)
             writes = [(transposed(x), y_smem)]
         plgpu.commit_smem()

@@ -19,6 +19,7 @@ from pallas_kernels.linear_attention.gpu_scan import (
     C,
     along_columns,
     along_rows,
+    as_float,
     decays,
     product,
     tiles,
@@ -29,31 +30,33 @@ from pallas_kernels.linear_attention.gpu_scan import (
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 
 
-def invert(A, high_smem, low_smem, between_high_smem, between_low_smem):
-    """(I + ``A``)⁻¹ for A [C, C], strictly lower triangular, float32 as a wgmma's result; four [C, C] blocks to work in."""
+def split(x, high_smem, low_smem):
+    """``x`` as a sum of two bfloat16."""
+    top = top_bits(x)
+    high_smem[...] = top.astype(jnp.bfloat16)
+    low_smem[...] = (x - top).astype(jnp.bfloat16)
+
+
+def invert(A, A_high, A_low, X_high, X_low, high, low):
+    """(I + ``A``)⁻¹ for A [C, C], strictly lower triangular, float32 as a wgmma's result, and blocks [C, C] to work in."""
     i, j = (plgpu.broadcasted_iota(jnp.int32, (C, C), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
-    def between(s):
+    def between(x, s):
         """Rows of the odd, columns of the even one of two blocks of ``s`` that a step joins."""
         pair = (i & -(2 * s)) == (j & -(2 * s))
-        return jnp.where(pair & ((i & s) > (j & s)), A, 0.0)
+        return jnp.where(pair & ((i & s) > (j & s)), x, 0.0)
 
-    def split(x, high, low):
-        top = top_bits(x)
-        high[...] = top.astype(jnp.bfloat16)
-        low[...] = (x - top).astype(jnp.bfloat16)
-
-    X = jnp.where(i == j, 1.0, 0.0) - between(1)
+    X = jnp.where(i == j, 1.0, 0.0) - between(A, 1)
+    split(A, A_high, A_low)
     s = 2
     while s < C:
-        split(X, high_smem, low_smem)
-        split(between(s), between_high_smem, between_low_smem)
+        split(X, X_high, X_low)
+        for whole, block in ((A_high, high), (A_low, low)):
+            block[...] = between(as_float(whole), s).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        left = (high_smem, between_low_smem), (low_smem, between_high_smem)
-        split(product(high_smem, between_high_smem, *left), between_high_smem, between_low_smem)
+        split(product(X_high, high, (X_high, low), (X_low, high)), high, low)
         plgpu.commit_smem()
-        right = (between_low_smem, high_smem), (between_high_smem, low_smem)
-        X = X - product(between_high_smem, high_smem, *right)
+        X = X - product(high, X_high, (low, X_high), (high, X_low))
         s *= 2
     return X
 
@@ -64,11 +67,11 @@ def kernel(k_gmem, beta_gmem, *refs: Any, groups, gated, k_smem, X_smem, barrier
     n, h, b = (jax.lax.axis_index(name) for name in ("chunk", "head", "batch"))
     plgpu.copy_gmem_to_smem(k_gmem.at[b, pl.ds(n * C, C), h // groups], k_smem, barrier)
     beta = beta_gmem.at[b, h, n]
-    E = decays(gates_gmem.at[b, h, n] if gated else None, strict=True)
     plgpu.barrier_wait(barrier)
     write = plgpu.load(beta, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    A = along_rows(write, C) * product(k_smem, transposed(k_smem)) * E
-    X = invert(A, **scratch)
+    A = along_rows(write, C) * product(k_smem, transposed(k_smem))
+    A = A * decays(gates_gmem.at[b, h, n] if gated else None, strict=True)
+    X = invert(A, X_smem, **scratch)
     write = plgpu.load(beta, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     X_smem[...] = (X * along_columns(write, C)).astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -81,7 +84,7 @@ def inverse(k, beta_BHNC, gates, launch):
     B, H, N, _ = beta_BHNC.shape
     G, K = k.shape[2:]
     square = plgpu.SMEM((C, C), jnp.bfloat16, transforms=tiles())
-    names = ("X_smem", "high_smem", "low_smem", "between_high_smem", "between_low_smem")
+    names = ("X_smem", "A_low", "X_high", "X_low", "high", "low")
     scratch: dict[str, Any] = {name: square for name in names}
     scratch |= {"k_smem": plgpu.SMEM((C, K), jnp.bfloat16, transforms=tiles()), "barrier": plgpu.Barrier()}
     (X,) = launch(
