@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from research.ops.attention import attention, tokens_of
 from research.ops.causal_conv import causal_conv
+from research.ops.dispatch import combine, dispatch, expert_mlp, group, swiglu
 from research.ops.gated_deltanet_step import gated_deltanet_step
 from research.ops.grouped_matmul import grouped_matmul
 from research.ops.linear_attention import linear_attention, linear_attention_step
 from research.ops.losses import projected_cross_entropy
+from research.ops.routing import Assignment
 from research.ops.sparse_attention import select_mask
 
 SHAPE = {"B": 1, "T": 8192, "H": 16, "K": 128, "V": 128}
@@ -147,6 +149,32 @@ def _megablox_steps(form, way, M: int, K: int, N: int, E: int):
     return (rows + E - 1) * inner * columns
 
 
+def _experts(form, M: int, K: int, N: int, E: int, D: int):
+    """All of an expert MLP but its router: M tokens to K of E experts of hidden width N (gate and up) over a model of width D.
+    'unfused' is the plain products' kernels and XLA's activation between them."""
+    count = M * K
+    token_A, expert_A = (jax.ShapeDtypeStruct((count,), jnp.int32) for _ in range(2))
+    nothing_TE = _single(M, E)
+    assignment = Assignment(token_A, expert_A, _single(count), nothing_TE, nothing_TE, "output", K)
+    x = {
+        "x": _low(M, D),
+        "w_in": _low(E, D, 2 * N),
+        "w_out": _low(E, N, D),
+        "groups": jax.eval_shape(group, assignment),
+    }
+
+    def forward(x):
+        groups = x["groups"]
+        if form == "unfused":
+            h_MF = swiglu(groups.matmul(dispatch(x["x"], groups), x["w_in"]))
+            return combine(
+                groups.matmul(h_MF * groups.weight_M[:, None].astype(h_MF.dtype), x["w_out"]), groups, weighted=True
+            )
+        return expert_mlp(x["x"], x["w_in"], x["w_out"], groups, activation=swiglu, implementation=form)
+
+    return forward, x
+
+
 def _selection(form, B: int, T: int, H: int, K: int, N: int):
     """DSA's indexer: scores, top-k, and a bit a key; XLA's form sorts."""
     x = {"q": _low(B, T, H, K), "k": _low(B, T, K), "w": _single(B, T, H)}
@@ -213,6 +241,12 @@ CASES = {
         )
         for name, sizes in (("wide", (8192, 4096, 14336, 8)), ("fine", (32768, 2048, 768, 128)))
     },
+    "expert_mlp": Call(
+        _experts,
+        {"M": 4096, "K": 8, "N": 768, "E": 128, "D": 2048},
+        ("unfused",),
+        ("forward", "dx", "forward_backward"),
+    ),
     "sparse_select": Call(
         _selection,
         {"B": 1, "T": 8192, "H": 64, "K": 128, "N": 2048},

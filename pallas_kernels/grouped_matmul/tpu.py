@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
-_SUBLANES = 16  # rows of a bfloat16 tile
-_VMEM_BYTES = 56 * 1024 * 1024
-_BLOCK_BYTES = 44 * 1024 * 1024  # of all blocks, twice for those that are fetched ahead
+LANES = 128
+SUBLANES = 16  # rows of a bfloat16 tile
+VMEM_BYTES = 56 * 1024 * 1024
+BLOCK_BYTES = 44 * 1024 * 1024  # of all blocks, twice for those that are fetched ahead
 
 
 def refuses(x_MK, w_EKN) -> str | None:
@@ -27,11 +27,9 @@ def refuses(x_MK, w_EKN) -> str | None:
         return f"it takes float32 and bfloat16, got {x_MK.dtype}"
     widths = x_MK.shape[1], *w_EKN.shape[1:]
     # A strip of 128 columns and the smallest tile of rows must fit.
-    least = 2 * x_MK.dtype.itemsize * max(widths) * (_LANES + _LANES)
-    if least > _BLOCK_BYTES:
-        return (
-            f"its blocks end at about {_BLOCK_BYTES // (4 * _LANES * x_MK.dtype.itemsize)} columns, got {max(widths)}"
-        )
+    least = 2 * x_MK.dtype.itemsize * max(widths) * (LANES + LANES)
+    if least > BLOCK_BYTES:
+        return f"its blocks end at about {BLOCK_BYTES // (4 * LANES * x_MK.dtype.itemsize)} columns, got {max(widths)}"
     return None
 
 
@@ -41,7 +39,7 @@ def product(x_MK, w_EKN, sizes_E, *, transposed=False, interpret=False):
     E, N = w_EKN.shape[0], w_EKN.shape[1 if transposed else 2]
     tm, tn = _product_tiles(M, K, N, E, x_MK.dtype.itemsize)
     x_MK, rows = _whole_rows(x_MK, tm)
-    items = _items(sizes_E, rows, tm, rest=True)
+    items = make_items(sizes_E, rows, tm, rest=True)
     last = lambda items, i: jnp.minimum(i, items[4][0] - 1)  # noqa: E731
     group = lambda items, i: jnp.minimum(items[0][last(items, i)], E - 1)  # noqa: E731
     tile = lambda items, i: items[1][last(items, i)]  # noqa: E731
@@ -71,7 +69,7 @@ def outer(x_MK, dy_MN, sizes_E, *, interpret=False):
     tm, tk, tn = _outer_tiles(x_MK.shape[0], K, N, sizes_E.shape[0], x_MK.dtype.itemsize)
     x_MK, rows = _whole_rows(x_MK, tm)
     dy_MN, _ = _whole_rows(dy_MN, tm)
-    items = _items(sizes_E, rows, tm, rest=False)
+    items = make_items(sizes_E, rows, tm, rest=False)
     last = lambda items, i: jnp.minimum(i, items[4][0] - 1)  # noqa: E731
     tile = lambda items, i: items[1][last(items, i)]  # noqa: E731
     return _call(
@@ -93,32 +91,32 @@ def outer(x_MK, dy_MN, sizes_E, *, interpret=False):
 
 def _product_tiles(M, K, N, E, itemsize):
     """(rows, columns) of a tile: rows by the mean group, for a group's last tile is half empty; columns as many as fit."""
-    tm = _rows_of_a_tile(M, E, 512)
-    while tm > _LANES and 2 * itemsize * K * (tm + _LANES) > _BLOCK_BYTES:
+    tm = rows_of_a_tile(M, E, 512)
+    while tm > LANES and 2 * itemsize * K * (tm + LANES) > BLOCK_BYTES:
         tm //= 2
-    room = (_BLOCK_BYTES - 2 * itemsize * tm * K) // (2 * itemsize * (K + tm))
-    return tm, _columns(N, max(room, _LANES))
+    room = (BLOCK_BYTES - 2 * itemsize * tm * K) // (2 * itemsize * (K + tm))
+    return tm, _columns(N, max(room, LANES))
 
 
 def _outer_tiles(M, K, N, E, itemsize):
-    tm, most = _rows_of_a_tile(M, E, 512), 2048 if itemsize == 2 else 1024
+    tm, most = rows_of_a_tile(M, E, 512), 2048 if itemsize == 2 else 1024
     tn = _columns(N, most)
-    room = (_BLOCK_BYTES - 2 * itemsize * tm * tn) // (2 * itemsize * (tm + tn) + 4 * tn)
-    return tm, _columns(K, min(most, max(room, _LANES))), tn
+    room = (BLOCK_BYTES - 2 * itemsize * tm * tn) // (2 * itemsize * (tm + tn) + 4 * tn)
+    return tm, _columns(K, min(most, max(room, LANES))), tn
 
 
-def _rows_of_a_tile(M, E, most):
+def rows_of_a_tile(M, E, most):
     mean = max(M // E, 1)
-    tm = min(most, max(_LANES, 1 << (mean // 2).bit_length()))
-    return tm if tm <= M else -(-M // _SUBLANES) * _SUBLANES
+    tm = min(most, max(LANES, 1 << (mean // 2).bit_length()))
+    return tm if tm <= M else -(-M // SUBLANES) * SUBLANES
 
 
 def _columns(N, most):
     """All of them, or nearly equal blocks of whole lanes."""
     if most >= N:
         return N
-    blocks = pl.cdiv(N, most // _LANES * _LANES)
-    return min(most // _LANES, pl.cdiv(pl.cdiv(N, blocks), _LANES)) * _LANES
+    blocks = pl.cdiv(N, most // LANES * LANES)
+    return min(most // LANES, pl.cdiv(pl.cdiv(N, blocks), LANES)) * LANES
 
 
 def _whole_rows(x_MK, tm):
@@ -127,7 +125,7 @@ def _whole_rows(x_MK, tm):
     return (jnp.pad(x_MK, [(0, missing), (0, 0)]) if missing else x_MK), x_MK.shape[0] + missing
 
 
-def _items(sizes_E, rows, tm, *, rest):
+def make_items(sizes_E, rows, tm, *, rest):
     """int32: group, tile, first row and the row after the last one of each item; and how many items there are.
 
     ``rest``: the rows past the groups are an item's too, of group E, and empty groups have none. Otherwise every group has an
@@ -162,7 +160,7 @@ def _call(kernel, name, items, grid, arrays, in_specs, shape, out_spec, scratch,
         ),
         out_shape=shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name=name,
@@ -174,9 +172,9 @@ def _product_kernel(group, tile, start, stop, count, x, w, y, *, E, transposed, 
 
     @pl.when(i < count[0])
     def _():
-        mine = _rows_between(tile[i] * x.shape[0], start[i], stop[i], (x.shape[0], 1))
+        mine = rows_between(tile[i] * x.shape[0], start[i], stop[i], (x.shape[0], 1))
         contract = ((1,), (1 if transposed else 0,))
-        new = _dot(x[...], w[0], contract, interpret).astype(y.dtype)
+        new = dot(x[...], w[0], contract, interpret).astype(y.dtype)
         new = jnp.where(group[i] < E, new, jnp.zeros_like(new))
         y[...] = jnp.where(mine, new, y[...])
 
@@ -192,21 +190,21 @@ def _outer_kernel(group, tile, start, stop, count, x, dy, dw, total, *, interpre
             total[...] = jnp.zeros_like(total)
 
         # Both are masked: what is not this group's may be NaN.
-        mine = _rows_between(tile[i] * x.shape[0], start[i], stop[i], (x.shape[0], 1))
+        mine = rows_between(tile[i] * x.shape[0], start[i], stop[i], (x.shape[0], 1))
         own_x, own_dy = (jnp.where(mine, a[...], jnp.zeros((), a.dtype)) for a in (x, dy))
-        total[...] += _dot(own_x, own_dy, ((0,), (0,)), interpret)
+        total[...] += dot(own_x, own_dy, ((0,), (0,)), interpret)
 
         @pl.when((i == count[0] - 1) | (group[after] != group[i]))
         def _():
             dw[0] = total[...].astype(dw.dtype)
 
 
-def _rows_between(first, start, stop, shape):
+def rows_between(first, start, stop, shape):
     row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= start) & (row < stop)
 
 
-def _dot(x, y, contract, interpret):
+def dot(x, y, contract, interpret):
     if interpret:  # XLA:CPU lacks some bfloat16 products; these operands' float32 products are the same
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -27,8 +27,8 @@ KERNELS = ModelConfig(
     repeats=2,
     dtype="bfloat16",
 )
-FORWARD = ("causal_conv_forward", "grouped_matmul_product", "linear_attention_forward")
-BACKWARD = ("causal_conv_backward", "grouped_matmul_outer", "linear_attention_backward")
+FORWARD = ("causal_conv_forward", "grouped_matmul_activated", "linear_attention_forward")
+BACKWARD = ("causal_conv_backward", "grouped_matmul_activated_transposed", "linear_attention_backward")
 
 
 def loss(model, tokens_BT):

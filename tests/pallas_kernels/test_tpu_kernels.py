@@ -1,5 +1,6 @@
 """The TPU kernels besides linear attention's: no races between grid steps, machine code for three generations, no step slower."""
 
+import functools
 import json
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from experiments.benchmarks import tpu_cycles
 from pallas_kernels.causal_conv import tpu as causal_conv
 from pallas_kernels.grouped_matmul import tpu as grouped_matmul
+from pallas_kernels.grouped_matmul import tpu_activated
 from pallas_kernels.sparse_attention import tpu_attend, tpu_select
 from tests.pallas_kernels.test_linear_attention_tpu import COMMITTED, needs_libtpu
 
@@ -27,8 +29,11 @@ KERNELS = {
     ),
     ("step", "forward"): (["linear_attention_step"], dict(B=2, H=32, K=128, V=128)),
     ("gated_deltanet_step", "forward"): (["gated_deltanet_step"], dict(B=2, G=16, H=32, K=128, V=128, W=4)),
+    ("expert_mlp", "dx"): (
+        ["grouped_matmul_activated", "grouped_matmul_activated_transposed", "grouped_matmul_transposed"],
+        dict(M=1024, K=8, N=768, E=32, D=2048),
+    ),
     ("grouped_matmul_fine", "forward"): (["grouped_matmul_product"], dict(M=2048, K=2048, N=768, E=8)),
-    ("grouped_matmul_fine", "dx"): (["grouped_matmul_transposed"], dict(M=2048, K=2048, N=768, E=8)),
     ("grouped_matmul_fine", "dw"): (["grouped_matmul_outer"], dict(M=2048, K=2048, N=768, E=8)),
 }
 
@@ -66,6 +71,26 @@ def test_grouped_products_do_not_race(monkeypatch):
     check_races(lambda interpret: grouped_matmul.product(x_MK, w_EKN, sizes_E, interpret=interpret))
     check_races(lambda interpret: grouped_matmul.product(x_MK, w_EKN, sizes_E, transposed=True, interpret=interpret))
     check_races(lambda interpret: grouped_matmul.outer(x_MK, normal(40, 256), sizes_E, interpret=interpret))
+
+
+@pytest.mark.slow
+def test_products_with_their_activation_do_not_race(monkeypatch):
+    """Two blocks of columns, two tiles and a short one, four groups: each tile's copies are awaited before its place serves again."""
+    monkeypatch.setattr(tpu_activated, "_tiles", lambda *_: (16, 128))
+
+    def activation(h, weight):
+        gate, up = jnp.split(h, 2, axis=1)
+        return gate * up * weight
+
+    x_MK, w_EKN, sizes_E = normal(40, 128), normal(4, 128, 512), jnp.array([14, 0, 18, 6])
+    x_MK, weight_M = x_MK.at[38:].set(0), normal(40)
+    run = functools.partial(tpu_activated.product, activation=activation, F=256, keep=True)
+    check_races(lambda interpret: run(x_MK, w_EKN, weight_M, sizes_E, interpret=interpret))
+    h_MN = normal(40, 512).at[38:].set(0)
+    run = functools.partial(tpu_activated.transposed, activation=activation)
+    check_races(
+        lambda interpret: run(x_MK, w_EKN.reshape(4, 512, 128)[:, :256], h_MN, weight_M, sizes_E, interpret=interpret)
+    )
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ def test_tokens_travel_while_experts_and_the_shared_expert_compute(method):
         for began in operands & {name for name, kind, _ in instructions if kind.startswith(start)}
     ]
     assert len(flights) >= 4  # two chunks, there and back; what names the experts may fly too
-    experts = [index for index, (name, *_) in enumerate(instructions) if name.startswith("grouped_matmul_product")]
+    kernels = ("grouped_matmul_activated", "grouped_matmul_product")
+    experts = [index for index, (name, *_) in enumerate(instructions) if name.startswith(kernels)]
     assert len(experts) == 4
 
     def hidden(indices):

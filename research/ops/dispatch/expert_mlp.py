@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from research.axes import Array, Float
 from research.ops.dispatch.groups import Groups, combine, dispatch, gather_sum, spread, zero_groups
 from research.ops.grouped_matmul import check_implementation, clean_leg
+from research.ops.grouped_matmul.activated import activated_product, activated_transposed
 from research.ops.kept import keepable
 
 
@@ -26,7 +27,8 @@ def expert_mlp(
     """``combine(activation(dispatch(x) @ w_EDN) @ w_EFD)`` with the memory traffic of both ends taken out.
 
     Kept for the backward pass: x_TD (not its K copies) and the hidden rows before the activation; the rest is computed
-    again, which costs less than writing and reading it. Weights act on the hidden rows: both products are linear, and
+    again, which costs less than writing and reading it. On TPU the activation and its gradient belong to the products' kernels
+    (`activated_product`). Weights act on the hidden rows: both products are linear, and
     the gradient of a weight is then a sum over F, with nothing of the model's width to keep (SonicMoE,
     arXiv 2512.14080).
 
@@ -35,8 +37,9 @@ def expert_mlp(
       w_EDN: into the hidden width; N = 2F for gated activations, gate first.
       w_EFD: out of it.
       groups: from `group`.
-      activation: a pure function of rows [..., N] -> [..., F], such as `swiglu`; finite at zero. Compared by identity:
-        pass the same function every time.
+      activation: a pure function of rows [..., N] -> [..., F], such as `swiglu`; zero of zero, with a finite gradient there.
+        Each of its F columns comes from the same column of its halves (or of h), for kernels see some columns at a time.
+        Compared by identity: pass the same function every time.
       b_EN, b_EO: biases after the first and the second matrix. With either the steps are taken one by one.
       implementation: of `grouped_matmul`.
 
@@ -72,32 +75,45 @@ def _leg(leg, a, b, groups, implementation):
     return clean_leg(leg, a, b, groups.sizes_E, alignment=groups.alignment, implementation=implementation)
 
 
-def _weighted_activation(h_MN, weight_M, groups, activation):
-    wide = jnp.promote_types(h_MN.dtype, weight_M.dtype)
-    h, weight_M1 = h_MN.astype(wide), weight_M[:, None].astype(wide)
-    a = activation(h * weight_M1) if groups.weight_on == "input" else activation(h) * weight_M1
-    return a.astype(h_MN.dtype)
+@functools.cache
+def _weighted(activation, weight_on):
+    """The activation and the rows' weights in one; the same object for the same arguments."""
+    if weight_on == "input":
+        return lambda h, weight: activation(h * weight)
+    return lambda h, weight: activation(h) * weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _expert_mlp(*arguments):
-    return _expert_mlp_forward(*arguments)[0]
+    return _run(*arguments, keep=False)[0]
+
+
+def _run(x_TD, w_EDN, w_EFD, weight_M, groups, activation, implementation, *, keep):
+    a_MF, h_MN = activated_product(
+        spread(x_TD, groups), w_EDN, weight_M, groups.sizes_E, **_options(groups, activation, implementation), keep=keep
+    )
+    h_MN = keepable(h_MN, "experts")
+    y_TO = keepable(gather_sum(_leg("product", a_MF, w_EFD, groups, implementation), groups), "experts")
+    return y_TO, h_MN
+
+
+def _options(groups, activation, implementation):
+    weighted = _weighted(activation, groups.weight_on)
+    return {"activation": weighted, "alignment": groups.alignment, "implementation": implementation}
 
 
 def _expert_mlp_forward(x_TD, w_EDN, w_EFD, weight_M, groups, activation, implementation):
-    h_MN = keepable(_leg("product", spread(x_TD, groups), w_EDN, groups, implementation), "experts")
-    a_MF = _weighted_activation(h_MN, weight_M, groups, activation)
-    y_TO = keepable(gather_sum(_leg("product", a_MF, w_EFD, groups, implementation), groups), "experts")
+    y_TO, h_MN = _run(x_TD, w_EDN, w_EFD, weight_M, groups, activation, implementation, keep=True)
     return y_TO, (x_TD, w_EDN, w_EFD, weight_M, groups, h_MN)
 
 
 def _expert_mlp_backward(activation, implementation, residuals, dy_TO):
     x_TD, w_EDN, w_EFD, weight_M, groups, h_MN = residuals
     dy_MO = spread(dy_TO, groups)
-    again = functools.partial(_weighted_activation, groups=groups, activation=activation)
-    a_MF, pull = jax.vjp(again, h_MN, weight_M)
+    dh_MN, a_MF, dweight_M = activated_transposed(
+        dy_MO, w_EFD, h_MN, weight_M, groups.sizes_E, **_options(groups, activation, implementation)
+    )
     dw_EFD = _leg("outer", a_MF, dy_MO, groups, implementation)
-    dh_MN, dweight_M = pull(_leg("transposed", dy_MO, w_EFD, groups, implementation))
     dx_TD = gather_sum(_leg("transposed", dh_MN, w_EDN, groups, implementation), groups)
     dw_EDN = _leg("outer", spread(x_TD, groups), dh_MN, groups, implementation)
     return dx_TD, dw_EDN, dw_EFD, dweight_M, zero_groups(groups)
