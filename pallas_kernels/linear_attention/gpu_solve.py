@@ -61,16 +61,16 @@ def invert(A, A_high, A_low, X_high, X_low, high, low):
     return X
 
 
-def kernel(k_gmem, beta_gmem, *refs: Any, groups, gated, k_smem, X_smem, barrier, **scratch: Any):
+def kernel(k_gmem, beta_gmem, *refs: Any, groups, k_smem, X_smem, barrier, **scratch: Any):
     """k, β, [gates] → X: one chunk of one value head."""
-    gates_gmem, X_gmem = refs if gated else (None, *refs)
+    *gates_gmem, X_gmem = refs
     n, h, b = (jax.lax.axis_index(name) for name in ("chunk", "head", "batch"))
     plgpu.copy_gmem_to_smem(k_gmem.at[b, pl.ds(n * C, C), h // groups], k_smem, barrier)
     beta = beta_gmem.at[b, h, n]
     plgpu.barrier_wait(barrier)
     write = plgpu.load(beta, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     A = along_rows(write, C) * product(k_smem, transposed(k_smem))
-    A = A * decays(gates_gmem.at[b, h, n] if gated else None, strict=True)
+    A = A * decays(gates_gmem[0].at[b, h, n] if gates_gmem else None, strict=True)
     X = invert(A, X_smem, **scratch)
     write = plgpu.load(beta, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     X_smem[...] = (X * along_columns(write, C)).astype(jnp.bfloat16)
@@ -88,7 +88,7 @@ def inverse(k, beta_BHNC, gates, launch):
     scratch: dict[str, Any] = {name: square for name in names}
     scratch |= {"k_smem": plgpu.SMEM((C, K), jnp.bfloat16, transforms=tiles()), "barrier": plgpu.Barrier()}
     (X,) = launch(
-        functools.partial(kernel, groups=H // G, gated=gates is not None),
+        functools.partial(kernel, groups=H // G),
         [k, beta_BHNC, *([] if gates is None else [gates])],
         [jax.ShapeDtypeStruct((B, H, N, C, C), jnp.bfloat16)],
         scratch,
