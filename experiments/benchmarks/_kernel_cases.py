@@ -144,7 +144,7 @@ def convolution(B, T, D, W=4) -> Case:
         return lambda x, w: causal_conv(x, w, **options)[0], (draw(B, T, D).astype(LOW), draw(W, D).astype(LOW))
 
     shape = {"B": B, "T": T, "D": D, "W": W, "dtype": "bfloat16"}
-    return Case("causal_conv silu", shape, build, 2.0 * B * T * D * W, ("tpu",), "xla")
+    return Case("causal_conv silu", shape, build, 2.0 * B * T * D * W, ("tpu", "gpu"), "xla")
 
 
 def grouped(load, M, K, N, E) -> Case:

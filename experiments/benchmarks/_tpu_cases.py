@@ -110,12 +110,15 @@ def _mixer_step(form, B: int, G: int, H: int, K: int, V: int, W: int):
     return forward, x
 
 
-def _convolution(form, B: int, T: int, D: int, W: int):
-    """Packed documents, silu; padding in the middle is a branch that neither form takes."""
+def _convolution(form, B: int, T: int, D: int, W: int, packed: int = 0):
+    """silu, and documents if ``packed``; padding in the middle is a branch of the program then."""
     x = {"x": _low(B, T, D), "w": _low(W, D), "bias": _low(D), "tail": _low(B, W - 1, D)}
+    if packed:
+        x["ids"] = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
     def forward(x):
-        return causal_conv(x["x"], x["w"], x["bias"], tail=x["tail"], activation="silu", implementation=form)
+        options = {"tail": x["tail"], "segment_ids": x.get("ids"), "activation": "silu", "implementation": form}
+        return causal_conv(x["x"], x["w"], x["bias"], **options)
 
     return forward, x
 

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.benchmarks._tpu_cases import CASES, case
 
 SHAPE = {"B": 1, "T": 8192, "H": 16, "G": 4, "K": 128, "V": 128}
-_OTHERS = ("grouped_matmul_wide", "grouped_matmul_fine")  # in their own shapes
+_OTHERS = ("grouped_matmul_wide", "grouped_matmul_fine", "causal_conv")  # in their own shapes
 _TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32

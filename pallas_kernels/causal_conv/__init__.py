@@ -1,1 +1,1 @@
-"""Kernels of the short causal convolution with its activation: ``tpu`` for TPU, forward and backward."""
+"""Kernels of the short causal convolution with its activation, forward and backward: ``tpu`` for TPU, ``gpu`` for Hopper GPUs."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.causal_conv import tpu
+from pallas_kernels.causal_conv import gpu, tpu
 from research.axes import Array, Float, Int
 from research.ops.explicit_mesh import run_on_shards, spec_of, vary_alike
 from research.ops.kept import keepable
@@ -23,6 +23,7 @@ from research.ops.sequence_shards import compose, previous_id
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret")
 _ACTIVATIONS = {None: lambda x: x, "silu": jax.nn.silu}
+_PLATFORMS = {"tpu": tpu, "cuda": gpu}  # how jax.lax.platform_dependent calls them
 _FEW = 16  # tokens, below which a kernel would mostly compute padding
 
 
@@ -179,12 +180,16 @@ def _choose(plan, way, arrays: tuple):
     xla = functools.partial(_xla, activation, way)
     if implementation == "xla":
         return xla(*arrays)
-    kernel = functools.partial(_kernel, activation, way)
     if implementation is not None:
-        return kernel(*arrays, interpret=implementation.endswith("interpret"))
-    if tpu.refuses(*arrays[:2]) or arrays[0].shape[1] < _FEW:
-        return xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
+        return _kernel(_named(implementation), activation, way, *arrays, interpret=implementation.endswith("interpret"))
+    few = arrays[0].shape[1] < _FEW
+    serving = {name: module for name, module in _PLATFORMS.items() if not (few or module.refuses(*arrays[:2]))}
+    kernels = {name: functools.partial(_kernel, module, activation, way) for name, module in serving.items()}
+    return jax.lax.platform_dependent(*arrays, default=xla, **kernels) if kernels else xla(*arrays)
+
+
+def _named(implementation) -> Any:
+    return tpu if implementation.startswith("pallas_tpu") else gpu
 
 
 def _scattered(segment_ids_BT):
@@ -193,10 +198,10 @@ def _scattered(segment_ids_BT):
     return jnp.any(real_BT[:, 1:] & ~real_BT[:, :-1])
 
 
-def _kernel(activation, way, x_BTD, w_WD, bias_D, tail, segment_ids_BT, *dy, interpret=False):
-    """The TPU kernel, for rows whose padding comes last; others are squeezed first, and the result spread."""
+def _kernel(module, activation, way, x_BTD, w_WD, bias_D, tail, segment_ids_BT, *dy, interpret=False):
+    """A platform's kernel, for rows whose padding comes last; others are squeezed first, and the result spread."""
     options: dict[str, Any] = {"silu": activation == "silu", "interpret": interpret}
-    run = getattr(tpu, way)
+    run = getattr(module, way)
     if segment_ids_BT is None:
         return run(x_BTD, w_WD, bias_D, tail, None, *dy, **options)
     taps = w_WD.shape[0] - 1
@@ -365,8 +370,7 @@ def check_implementation(implementation, x_BTD, w_WD) -> None:
     """Refuse unknown names, and kernels that do not exist or cannot serve the call."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation in ("pallas_gpu", "pallas_gpu_interpret"):
-        raise NotImplementedError(f"implementation={implementation!r}: causal_conv has no GPU kernel")
-    why = tpu.refuses(x_BTD, w_WD) if implementation in ("pallas_tpu", "pallas_tpu_interpret") else None
+    kernel = implementation is not None and implementation != "xla"
+    why = _named(implementation).refuses(x_BTD, w_WD) if kernel else None
     if why:
         raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
