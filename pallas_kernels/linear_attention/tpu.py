@@ -90,17 +90,18 @@ class _Call:
         self.C = max(interval, _SMALLEST_CHUNK)
         self.N = -(-self.T // self.C)
         self.Kp, self.Vp = (-(-width // LANES) * LANES for width in (self.K, self.V))
-        most = 8 if self.dtype == jnp.float32 or (g is not None and g.ndim == 4) else 16
+        gate = "none" if g is None else "token" if g.ndim == 3 else "channel"
+        most = 8 if self.dtype == jnp.float32 or (gate == "channel" and backwards) else 16
         self.h, self.g = heads_of_a_step(self.H, self.H // self.G, most)
         self.key_blocks = self.H // self.h  # of partial gradients; the key heads of one may be another's too
         self.backwards = backwards
-        gate = "none" if g is None else "token" if g.ndim == 3 else "channel"
         products = Products(self.dtype, interpret)
+        # A chunk with gates a channel has the longer chain of products: more heads hide it.
+        together = min(16 if gate == "channel" else 8, self.h)
         self.sizes = Sizes(
-            self.N, self.C, self.Kp, self.Vp, self.h, self.g, gate, beta_BTH is not None, scale, products, 8
+            self.N, self.C, self.Kp, self.Vp, self.h, self.g, gate, beta_BTH is not None, scale, products, together
         )
 
-        together = min(self.sizes.together, self.h)
         shape = (together, tpu_channel_gates.SCRATCH, self.C, self.Kp)
         self.scratch = [pltpu.VMEM(shape, jnp.float32)] if gate == "channel" else []
 
