@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.linear_attention.gpu import not_hopper, vary_like
+from pallas_kernels.hopper import PROCESSORS, launch, not_hopper
 
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 
@@ -27,7 +27,7 @@ _THREADS = 128
 _VECTOR = 4  # channels of a thread, at most
 _AHEAD = 8  # rows
 _CHUNKS = (128, 64, 32)  # tokens of a thread block: as many as leave _BLOCKS of them
-_BLOCKS = 132 * 6  # on an H100 or H200, at a time
+_BLOCKS = PROCESSORS * 6  # at a time
 
 
 def refuses(x_BTD, w_WD) -> str | None:
@@ -98,16 +98,16 @@ class _Call:
         def named(*refs):
             kernel(self, dict(zip(names, refs, strict=True)))
 
-        out = plgpu.kernel(
+        out = launch(
             named,
-            out_type=[jax.ShapeDtypeStruct(*output) for output in outputs.values()],
+            list(inputs.values()),
+            [jax.ShapeDtypeStruct(*output) for output in outputs.values()],
+            name=name,
             grid=(self.D // self.channels, self.N, self.B),
             grid_names=("channels", "chunk", "batch"),
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-            kernel_name=name,
-            interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
-        )(*inputs.values())
-        return dict(zip(outputs, vary_like(out, inputs["x"]), strict=True))
+            interpret=interpret,
+        )
+        return dict(zip(outputs, out, strict=True))
 
     def mine(self, ref, *index):
         """This block's channels of a row, as a reference."""

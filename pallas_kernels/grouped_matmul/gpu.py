@@ -19,16 +19,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.linear_attention.gpu import not_hopper, vary_like
+from pallas_kernels.hopper import launch, not_hopper, tiles
 
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 
 _STEP = 64  # of the contraction, and rows of a warpgroup: a line of shared memory
 _AHEAD = 4  # steps in flight
 _COLUMNS = 256  # of a tile, at most: the sums of [64, 256] take half of a warpgroup's registers
-_NEIGHBOURS = (
-    16  # tiles of rows that run through the columns together, so that both operands are read from the L2 cache
-)
+# Tiles of rows that run through the columns together, so that both operands are read from the L2 cache.
+_NEIGHBOURS = 16
 _FETCHING_REGISTERS = 40
 
 
@@ -49,14 +48,14 @@ def product(x_MK, w_EKN, sizes_E, *, transposed=False, interpret=False):
     M, K = x_MK.shape
     E, N = w_EKN.shape[0], w_EKN.shape[1 if transposed else 2]
     warpgroups, tn = 2 if M > _STEP * E else 1, _columns(N)
-    tiles = _tiles(sizes_E, M, warpgroups * _STEP)
+    items = _tiles(sizes_E, M, warpgroups * _STEP)
     y_MN = _call(
         functools.partial(_product_kernel, E=E, steps=K // _STEP, tn=tn, warpgroups=warpgroups, transposed=transposed),
         "grouped_matmul_transposed" if transposed else "grouped_matmul_product",
-        (*tiles, x_MK, w_EKN),
+        (*items, x_MK, w_EKN),
         jax.ShapeDtypeStruct((M, N), x_MK.dtype),
         {"whole": _lines(warpgroups), "part": plgpu.SMEM((warpgroups, _STEP, _STEP), x_MK.dtype)},
-        (tiles[0].shape[0] * (N // tn),),
+        (items[0].shape[0] * (N // tn),),
         ("block",),
         warpgroups,
         interpret,
@@ -100,29 +99,14 @@ def _tiles(sizes_E, M, tm):
     return tuple(x.astype(jnp.int32) for x in (group_I, start_I, jnp.minimum(start_I + tm, stops_E[group_I])))
 
 
-def _lying():
-    """How a bfloat16 array lies in shared memory for wgmma."""
-    return (plgpu.TilingTransform((8, _STEP)), plgpu.SwizzleTransform(128))
-
-
 def _lines(warpgroups):
-    return plgpu.SMEM((warpgroups, _STEP, _STEP), jnp.bfloat16, transforms=_lying())
+    return plgpu.SMEM((warpgroups, _STEP, _STEP), jnp.bfloat16, transforms=tiles())
 
 
 def _call(kernel, name, inputs, output, scratch, grid, grid_names, warpgroups, interpret):
-    y = plgpu.kernel(
-        kernel,
-        out_type=output,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=grid_names,
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
-    )(*inputs)
-    return vary_like([y], inputs[-1])[0]
+    threads = {"num_threads": warpgroups + 1, "thread_name": "warpgroup"}
+    options = {"grid": grid, "grid_names": grid_names, "interpret": interpret}
+    return launch(kernel, inputs, [output], scratch, name=name, **options, **threads)[0]
 
 
 def _product_kernel(group, start, stop, x, w, y, whole, part, *, E, steps, tn, warpgroups, transposed):
@@ -219,7 +203,7 @@ def _outer_kernel(starts, stops, x, dy, dw, whole, masked, *, tn, warpgroups):
 
 
 def _Blocks(shape, index):
-    return plgpu.BlockSpec(shape, index, delay_release=1, transforms=_lying())
+    return plgpu.BlockSpec(shape, index, delay_release=1, transforms=tiles())
 
 
 def _multiply(step, finish, steps, in_specs, tn, warpgroups):

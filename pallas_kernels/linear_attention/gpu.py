@@ -9,21 +9,18 @@ it takes dq, dk and dg of all chunks at once. The delta rule solves inside all c
 Products are wgmma's: bfloat16 operands, float32 sums. States are float32 from chunk to chunk.
 """
 
-import re
+import functools
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.hopper import PROCESSORS, launch, not_hopper
 from pallas_kernels.linear_attention import gpu_delta, gpu_gradients
 from pallas_kernels.linear_attention.gpu_scan import COLUMNS, C, Walk, walk
 from pallas_kernels.linear_attention.gpu_solve import inverse
 
-plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 LARGEST_KEY = 128  # a state of more rows would spill
-_PROCESSORS = 132  # of an H100 or H200
 _SHORTEST_PART = 16  # chunks
 LOG2_E = 1.4426950408889634
 # e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
@@ -47,27 +44,9 @@ def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | 
     return not_hopper()
 
 
-def not_hopper() -> str | None:
-    """What the call is traced for, where that is known and is no Hopper GPU (wgmma exists nowhere else)."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "gpu":
-        hopper = re.search(r"\bG?H\d", device.device_kind)
-        return None if hopper else f"it is for Hopper GPUs, and this one is {device.device_kind}"
-    device = jax.extend.backend.get_default_device()
-    if device.platform == "gpu" and not device.compute_capability.startswith("9."):
-        return f"it is for Hopper GPUs, and this one is {device.device_kind}"
-    return None
-
-
 def _seen(beta):
     beta = beta.astype(jnp.float32)
     return jnp.where(jnp.abs(beta) < _WEAKEST, _WEAKEST, beta)
-
-
-def vary_like(arrays, like):
-    """Inside jax.shard_map: what comes out of a kernel varies over the mesh axes that ``like`` varies over; its type says so."""
-    axes = jax.typeof(like).manual_axis_type.varying
-    return [jax.lax.pcast(x, tuple(axes), to="varying") if axes else x for x in arrays]
 
 
 def forward(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, *, scale, interval, save, interpret=None, parts=None):
@@ -134,25 +113,12 @@ class _Call:
         chunks = -(-self.T // C)
         if parts is None:
             blocks = self.B * self.H * self.Vp // COLUMNS
-            parts = 1 if blocks >= _PROCESSORS else max(1, min(chunks // _SHORTEST_PART, 2 * _PROCESSORS // blocks))
+            parts = 1 if blocks >= PROCESSORS else max(1, min(chunks // _SHORTEST_PART, 2 * PROCESSORS // blocks))
         # Parts end where a state is saved.
         self.of_part = -(-chunks // (parts * self.per_state)) * self.per_state
         self.parts = -(-chunks // self.of_part)
         self.chunks = self.parts * self.of_part
-        self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
-
-    def launch(self, body, inputs, outputs, scratch, name, grid, grid_names):
-        out = plgpu.kernel(
-            body,
-            out_type=outputs,
-            scratch_types=scratch,
-            grid=grid,
-            grid_names=grid_names,
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-            kernel_name=name,
-            interpret=self.interpret,
-        )(*inputs)
-        return vary_like(out, inputs[0])
+        self.launch = functools.partial(launch, interpret=interpret)
 
     def walk(self, **options):
         sizes = dict(B=self.B, H=self.H, G=self.G, K=self.Kp, V=self.Vp, parts=self.parts, chunks=self.of_part)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.hopper import tiles
 from pallas_kernels.linear_attention.gpu_scan import (
     ACROSS,
     COLUMNS,
@@ -26,7 +27,6 @@ from pallas_kernels.linear_attention.gpu_scan import (
     lower,
     product,
     row,
-    tiles,
     top_bits,
     transposed,
 )

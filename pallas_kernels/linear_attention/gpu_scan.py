@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.hopper import tiles
+
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 C = 64  # tokens a chunk: the rows of a wgmma
 COLUMNS = 64  # value columns a thread block: a state of [128, 64] is what registers hold without spilling
@@ -39,11 +41,6 @@ class Walk(NamedTuple):
     read: bool
     out: bool  # whether what is found for every token is written out
     scale: float
-
-
-def tiles():
-    """How a bfloat16 array lies in shared memory for wgmma."""
-    return (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def row(gates_smem, which):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.hopper import tiles
 from pallas_kernels.linear_attention.gpu_scan import (
     C,
     along_columns,
@@ -22,7 +23,6 @@ from pallas_kernels.linear_attention.gpu_scan import (
     as_float,
     decays,
     product,
-    tiles,
     top_bits,
     transposed,
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.linear_attention.gpu import not_hopper, vary_like
+from pallas_kernels.hopper import launch, not_hopper
 
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
 
@@ -38,16 +38,17 @@ def step(q_BGK, k_BGK, v_BHV, g, beta_BH, state_BHKV, *, scale, interpret=False)
         inputs["decay"] = decay if g.ndim == 3 else jnp.broadcast_to(decay[..., None], (B, H, K))
     if beta_BH is not None:
         inputs["beta"] = jnp.broadcast_to(beta_BH[..., None], (B, H, V))
-    out = plgpu.kernel(
-        functools.partial(_kernel, names=tuple(inputs), group=H // q_BGK.shape[1], scale=scale),
-        out_type=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (v_BHV, state_BHKV)],
-        grid=(V // _TILE, H, B),
-        grid_names=("columns", "head", "batch"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="linear_attention_step",
-        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
-    )(*inputs.values())
-    return tuple(vary_like(out, v_BHV))
+    return tuple(
+        launch(
+            functools.partial(_kernel, names=tuple(inputs), group=H // q_BGK.shape[1], scale=scale),
+            list(inputs.values()),
+            [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (v_BHV, state_BHKV)],
+            name="linear_attention_step",
+            grid=(V // _TILE, H, B),
+            grid_names=("columns", "head", "batch"),
+            interpret=interpret,
+        )
+    )
 
 
 def _kernel(*refs, names, group, scale):
