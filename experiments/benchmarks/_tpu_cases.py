@@ -61,7 +61,7 @@ def _low(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def _single(*shape):
+def _single(*shape) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -156,9 +156,9 @@ def _experts(form, M: int, K: int, N: int, E: int, D: int):
     """All of an expert MLP but its router: M tokens to K of E experts of hidden width N (gate and up) over a model of width D.
     'unfused' is the plain products' kernels and XLA's activation between them."""
     count = M * K
-    token_A, expert_A = (jax.ShapeDtypeStruct((count,), jnp.int32) for _ in range(2))
-    nothing_TE = _single(M, E)
-    assignment = Assignment(token_A, expert_A, _single(count), nothing_TE, nothing_TE, "output", K)
+    of_choices: Any = jax.ShapeDtypeStruct((count,), jnp.int32)
+    of_experts = _single(M, E)
+    assignment = Assignment(of_choices, of_choices, _single(count), of_experts, of_experts, "output", K)
     x = {
         "x": _low(M, D),
         "w_in": _low(E, D, 2 * N),
