@@ -16,6 +16,7 @@ from research.ops.gated_deltanet_step import gated_deltanet_step
 from research.ops.grouped_matmul import grouped_matmul
 from research.ops.linear_attention import linear_attention, linear_attention_step
 from research.ops.losses import projected_cross_entropy
+from research.ops.mamba2_step import mamba2_step
 from research.ops.routing import Assignment
 from research.ops.sparse_attention import select_mask
 
@@ -106,6 +107,21 @@ def _mixer_step(form, B: int, G: int, H: int, K: int, V: int, W: int):
 
     def forward(x):
         return gated_deltanet_step(*(x[name] for name in order), implementation=form)
+
+    return forward, x
+
+
+def _mamba2_step(form, B: int, G: int, H: int, K: int, V: int, W: int):
+    """One token of all of a Mamba-2 layer but its projections; state and tail are written where they were read."""
+    N, M = 2 * G * K + H * V, H * V
+    x = {"x": _low(B, N), "gate": _low(B, M), "dt": _low(B, H), "tail": _low(B, W - 1, N)}
+    x |= {"state": _single(B, H, K, V), "w": _low(W, N), "conv_bias": _low(N)}
+    x |= {"rate": _single(H), "bias": _single(H), "skip": _single(H), "norm": _single(M)}
+
+    order = tuple(x)
+
+    def forward(x):
+        return mamba2_step(*(x[name] for name in order), norm_groups=G, implementation=form)
 
     return forward, x
 
@@ -261,6 +277,9 @@ CASES = {
     "step": Call(_step, {"B": 64, "H": 32, "K": 128, "V": 128}, ("recurrent",), ("forward",), donates=True),
     "gated_deltanet_step": Call(
         _mixer_step, {"B": 64, "G": 16, "H": 32, "K": 128, "V": 128, "W": 4}, ("xla",), ("forward",), donates=True
+    ),
+    "mamba2_step": Call(
+        _mamba2_step, {"B": 64, "G": 8, "H": 128, "K": 128, "V": 64, "W": 4}, ("xla",), ("forward",), donates=True
     ),
     "cross_entropy": Call(
         _cross_entropy,

@@ -74,9 +74,9 @@ def _kernel(x, tail, state, w, gates, rates, z, norm, o, new_tail, new_state, *,
     v = _heads(mixed, 2 * G, H)
     # β and the decay of all heads as rows, then down the sublanes, the same in every lane.
     beta = strength * jax.nn.sigmoid(gates[0, :1])
-    decay = jnp.exp(-jnp.exp(rates[:1]) * _softplus(gates[0, 1:] + rates[1:]))
+    decay = jnp.exp(-jnp.exp(rates[:1]) * softplus(gates[0, 1:] + rates[1:]))
     beta, decay = (_down(row) for row in (beta, decay))
-    columns = _square(qk).T
+    columns = square(qk).T
     outputs = []
     for h in range(H):
         g = h // (H // G)
@@ -104,7 +104,7 @@ def _unit(x):
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=1, keepdims=True) + 1e-6)
 
 
-def _square(x):
+def square(x):
     return jnp.concatenate([x, jnp.zeros((_LANES - x.shape[0], _LANES), jnp.float32)], axis=0) if len(x) < _LANES else x
 
 
@@ -115,5 +115,5 @@ def _down(row):
     return jnp.broadcast_to(row, (_LANES, _LANES)).T[:H]
 
 
-def _softplus(x):
+def softplus(x):
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))

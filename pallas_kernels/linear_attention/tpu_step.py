@@ -22,6 +22,12 @@ def refuses(state_BHKV) -> str | None:
     return None
 
 
+def copies(state_BHKV) -> bool:
+    """Whether XLA lays such a state out with its keys along lanes, to pad nothing: it would be copied into the kernel and back."""
+    _, _, K, V = state_BHKV.shape
+    return K % _LANES == 0 and V % _LANES != 0
+
+
 def step(q_BGK, k_BGK, v_BHV, g, beta_BH, state_BHKV, *, scale, interpret=False):
     """(o_BHV, the new state), all float32; ``g`` is None, [B, H] or [B, H, K]."""
     B, H, K, V = state_BHKV.shape

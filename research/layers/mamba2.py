@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,8 +18,8 @@ from research.layers.recurrence import (
     next_state,
 )
 from research.ops.decays import step_size
-from research.ops.norms import rms_norm
-from research.sharding.mesh import P
+from research.ops.mamba2_step import mamba2_step, skip_gate_norm
+from research.sharding.mesh import P, per_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +98,16 @@ class Mamba2(nnx.Module):
         self.w_out_ND = normal(rngs, (N, D), param_dtype, P(None, "fsdp"), fan_in=N, gain=depth**-0.5)
 
     def __call__(self, x_BTD, state: RecurrentState | None, context: Context):
-        B, T, _ = x_BTD.shape
-        c, dtype = self.config, x_BTD.dtype
+        T, c, dtype = x_BTD.shape[1], self.config, x_BTD.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         x_BTD = without_padding(x_BTD, context)
         in_BTN = project(x_BTD, read(self.w_in_DN, dtype))
         if self.bias_N is not None:
             in_BTN = in_BTN + read(self.bias_N, dtype)
         gate_BTN, xBC_BTN, dt_BTH = jnp.split(in_BTN, [c.inner, c.inner + self.channels], axis=-1)
+        if state is not None and T == 1 and context.segment_ids_BT is None:
+            y_BTN, state = self._one(xBC_BTN, gate_BTN, dt_BTH, state)
+            return self._out(y_BTN, context), state, None
         dt_BTH = step_size(dt_BTH.astype(wide), read(self.dt_bias_H, wide), c.dt_limits)
         log_decay_BTH = -jnp.exp(read(self.log_rate_H, wide)) * dt_BTH
         xBC_BTN, tail_BWN = convolve(xBC_BTN, self.w_conv_WN, state, context, self.conv_bias_N)
@@ -114,14 +115,33 @@ class Mamba2(nnx.Module):
         x_BTHV, B_BTGK, C_BTGK = heads(xBC_BTN, (c.heads, c.head_width), keys, keys)
         x_BTHV = x_BTHV.astype(wide)
         y_BTHV, memory = attend(C_BTGK, B_BTGK, x_BTHV * dt_BTH[..., None], state, context, c, log_decay=log_decay_BTH)
-        y_BTHV = y_BTHV + read(self.skip_H, wide)[:, None] * x_BTHV
-        y_BTN = y_BTHV.reshape(B, T, -1) * jax.nn.silu(gate_BTN.astype(wide))
-        y_BTN = rms_norm(y_BTN.reshape(B, T, c.groups_of_norm, -1), eps=c.norm_eps).reshape(B, T, -1)
-        y_BTN = (y_BTN * read(self.norm_N, wide)).astype(dtype)
-        y_BTD = project(y_BTN, read(self.w_out_ND, dtype))
-        if self.out_bias_D is not None:
-            y_BTD = without_padding(y_BTD + read(self.out_bias_D, dtype), context)
-        return y_BTD, next_state(state, tail_BWN, memory), None
+        scales = read(self.skip_H, wide), read(self.norm_N, wide)
+        norm = {"norm_groups": c.groups_of_norm, "eps": c.norm_eps}
+        y_BTN = skip_gate_norm(y_BTHV, x_BTHV, gate_BTN, *scales, **norm).astype(dtype)
+        return self._out(y_BTN, context), next_state(state, tail_BWN, memory), None
+
+    def _one(self, xBC_BTN, gate_BTN, dt_BTH, state: RecurrentState):
+        """One token between the projections, on each device's own rows."""
+        c, dtype = self.config, xBC_BTN.dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        shared = (
+            read(self.w_conv_WN, dtype), None if self.conv_bias_N is None else read(self.conv_bias_N, dtype),
+            *(read(x, wide) for x in (self.log_rate_H, self.dt_bias_H, self.skip_H, self.norm_N)),
+        )  # fmt: skip
+
+        def run(batched, shared):
+            tokens, state = batched
+            options = {"dt_limits": c.dt_limits, "norm_groups": c.groups_of_norm, "eps": c.norm_eps}
+            y_BN, *state = mamba2_step(*(x[:, 0] for x in tokens), *state, *shared, **options)
+            return y_BN[:, None], RecurrentState(*state)
+
+        return per_shard(run, ((xBC_BTN, gate_BTN, dt_BTH), state), shared)
+
+    def _out(self, y_BTN, context: Context):
+        y_BTD = project(y_BTN, read(self.w_out_ND, y_BTN.dtype))
+        if self.out_bias_D is None:
+            return y_BTD
+        return without_padding(y_BTD + read(self.out_bias_D, y_BTN.dtype), context)
 
     def init_state(self, batch: int, max_length: int, dtype) -> RecurrentState:
         c = self.config

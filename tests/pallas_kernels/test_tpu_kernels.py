@@ -13,6 +13,7 @@ from experiments.benchmarks import tpu_cycles
 from pallas_kernels.causal_conv import tpu as causal_conv
 from pallas_kernels.grouped_matmul import tpu as grouped_matmul
 from pallas_kernels.grouped_matmul import tpu_activated
+from pallas_kernels.linear_attention import tpu_mamba2_step
 from pallas_kernels.sparse_attention import tpu_attend, tpu_select
 from tests.pallas_kernels.test_linear_attention_tpu import COMMITTED, needs_libtpu
 
@@ -29,6 +30,7 @@ KERNELS = {
     ),
     ("step", "forward"): (["linear_attention_step"], dict(B=2, H=32, K=128, V=128)),
     ("gated_deltanet_step", "forward"): (["gated_deltanet_step"], dict(B=2, G=16, H=32, K=128, V=128, W=4)),
+    ("mamba2_step", "forward"): (["mamba2_step"], dict(B=16, G=8, H=128, K=128, V=64, W=4)),
     ("expert_mlp", "dx"): (
         ["grouped_matmul_activated", "grouped_matmul_activated_transposed", "grouped_matmul_transposed"],
         dict(M=1024, K=8, N=768, E=32, D=2048),
@@ -110,6 +112,16 @@ def test_sparse_attention_does_not_race(monkeypatch):
     o, lse = tpu_attend.forward(*x, words, interpret=True)
     check_races(lambda interpret: tpu_attend.forward(*x, words, interpret=interpret))
     check_races(lambda interpret: tpu_attend.backward(*x, words, o, lse, o, interpret=interpret))
+
+
+@pytest.mark.slow
+def test_a_mamba2_step_does_not_race(monkeypatch):
+    """Two blocks of two rows, one pair of heads."""
+    monkeypatch.setattr(tpu_mamba2_step, "_ROWS", 2)
+    x = normal(4, 384), normal(4, 3, 384), normal(4, 2, 128, 64), normal(4, 2), normal(4, 128), normal(4, 384)
+    x = *x, normal(384), normal(2, 2), normal(2, 128)
+    run = functools.partial(tpu_mamba2_step.step, limits=None, norm_groups=1, eps=1e-5)
+    check_races(lambda interpret: run(*x, interpret=interpret))
 
 
 @needs_libtpu

@@ -25,6 +25,8 @@ def step(implementation, scale, q_BGK, k_BGK, v_BHV, g, beta_BH, state_BHKV):
         return definition(*arrays)
     if implementation is None:
         serving = {name: module.step for name, module in _PLATFORMS.items() if not module.refuses(state_BHKV)}
+        if tpu_step.copies(state_BHKV):
+            serving.pop("tpu", None)
         kernels = {name: functools.partial(kernel, scale=scale) for name, kernel in serving.items()}
         return jax.lax.platform_dependent(*arrays, default=definition, **kernels) if kernels else definition(*arrays)
     module: Any = tpu_step if implementation.startswith("pallas_tpu") else gpu_step
