@@ -249,6 +249,7 @@ def _tokamax():
 CASES = {
     "additive": _linear("token", False),
     "delta_rule": _linear("token", True),
+    "gla": dataclasses.replace(_linear("channel", False), ways=()),
     "kda": _linear("channel", True),
     **{
         f"grouped_matmul_{name}": Call(

@@ -43,6 +43,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         calls = {
             "additive": ("forward_backward", SHAPE),
             "delta_rule": ("forward_backward", SHAPE),
+            "gla": ("forward_backward", SHAPE),
             "step": ("forward", {n: size for n, size in SHAPE.items() if n in "BHKV"}),
             **{name: ("forward_backward", CASES[name].shape) for name in _OTHERS},
         }

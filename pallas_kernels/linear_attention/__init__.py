@@ -1,4 +1,4 @@
-"""Kernels of the chunked linear recurrence: ``tpu`` for TPU, ``gpu`` for Hopper GPUs (additive writes, no gate a channel).
+"""Kernels of the chunked linear recurrence: ``tpu`` for TPU, ``gpu`` for Hopper GPUs (all mechanisms but KDA).
 
 Values and every gradient, from the states that forward saves.
 """

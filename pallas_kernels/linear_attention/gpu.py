@@ -1,10 +1,11 @@
-"""The chunked linear recurrence on Hopper GPUs with no gate or one a token and head, additive or delta: layouts and launches.
+"""The chunked linear recurrence on Hopper GPUs, additive or, without per-channel decay, delta: layouts and launches.
 
 Forward is one walk over the chunks that reads outputs on the way. Where rows, heads and value columns are too few to fill the
 card, the sequence is cut into parts: every part's state from zero first, then the states between parts in XLA (one decay a
-head, or by the delta rule a matrix, which walks beside the state), then the walk. Backward walks twice: forward for the state
-before every chunk, in parallel from the saved ones, and back for the cotangent of the state after it, with dv on the way. Then
-it takes dq, dk and dg of all chunks at once. The delta rule solves inside all chunks at once before any walk, either way.
+head or channel, or by the delta rule a matrix, which walks beside the state), then the walk. Backward walks twice: forward for
+the state before every chunk, in parallel from the saved ones, and back for the cotangent of the state after it, with dv on the
+way. Then it takes dq, dk and dg of all chunks at once. Before any walk, either way and in all chunks at once, the delta rule
+solves, and gates of a token and channel are multiplied into queries, keys and the pairs inside.
 
 Products are wgmma's: bfloat16 operands, float32 sums. States are float32 from chunk to chunk.
 """
@@ -16,23 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import PROCESSORS, launch, not_hopper
-from pallas_kernels.linear_attention import gpu_delta, gpu_gradients
-from pallas_kernels.linear_attention.gpu_scan import COLUMNS, C, Walk, walk
+from pallas_kernels.linear_attention import gpu_channel_gates, gpu_delta, gpu_gradients
+from pallas_kernels.linear_attention.gpu_scan import COLUMNS, ERASE, LOG2_E, C, Walk, walk
 from pallas_kernels.linear_attention.gpu_solve import inverse
 
 LARGEST_KEY = 128  # a state of more rows would spill
 _SHORTEST_PART = 16  # chunks
-LOG2_E = 1.4426950408889634
-# e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
-_ERASE = -200.0
 # A weaker write counts as one of this strength, which no product here can see: dβ divides what was written by β.
 _WEAKEST = 2.0**-40
 
 
 def refuses(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, interval) -> str | None:
     """Why the kernels cannot serve the call, or None."""
-    if g is not None and g.ndim == 4:
-        return "its gates are one a token and head, and log_decay has one a channel"
+    if g is not None and g.ndim == 4 and beta_BTH is not None:
+        return "its delta rule takes gates one a token and head, and log_decay has one a channel"
     if state_BHKV.dtype != jnp.float32:
         return f"it keeps a float32 state, and these inputs want {state_BHKV.dtype}"
     if any(x.dtype != jnp.bfloat16 for x in (q_BTGK, k_BTGK, v_BTHV)):
@@ -54,8 +52,7 @@ def forward(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, state_BHKV, *, scale, interval,
     how many the sequence is cut; None fills the card."""
     call = _Call(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, scale, interval, interpret, parts)
     q, k, v = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV)
-    gates = call.gates(g)
-    X = call.solve(k, beta_BTH, gates)
+    q, k, gates, X = call.inside(q, k, g, beta_BTH)
     first = call.pad_state(state_BHKV)
     starts = call.starts(k, v, q, gates, X, first, reverse=False)
     w = call.walk(read=True, out=True, keep=call.per_state if save else 0, kept_dtype=jnp.float32)
@@ -83,19 +80,12 @@ def backward(
     """Cotangents of (q, k, v, g, beta, initial state)."""
     call = _Call(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, scale, interval, interpret, parts)
     q, k, v, do = call.keys(q_BTGK), call.keys(k_BTGK), call.values(v_BTHV), call.values(do_BTHV)
-    gates = call.gates(g)
-    X = call.solve(k, beta_BTH, gates)
-    S_NBHKV, u = call.every_state(k, v, gates, X, call.pad_state(saved_NBHKV))
-    starts = call.starts(q, do, k, gates, X, call.pad_state(dstate_BHKV), reverse=True)
+    q_in, k_out, gates, X = call.inside(q, k, g, beta_BTH)
+    S_NBHKV, u = call.every_state(k_out, v, gates, X, call.pad_state(saved_NBHKV))
+    starts = call.starts(q_in, do, k_out, gates, X, call.pad_state(dstate_BHKV), reverse=True)
     w = call.walk(reverse=True, read=True, out=True, keep=1, kept_dtype=jnp.bfloat16)
-    end, dS_NBHKV, dv = walk(w, q, do, k, gates, X, starts, call.launch)
-    s = gpu_gradients.Gradients(call.B, call.H, call.G, call.Kp, call.Vp, call.chunks, call.gated, scale)
-    dq, of_queries = gpu_gradients.query_gradient(s, q, k, u, do, S_NBHKV, dS_NBHKV, gates, call.launch)
-    if call.delta:
-        dk, of_keys = gpu_delta.key_gradient(s, q, k, u, do, dv, S_NBHKV, dS_NBHKV, gates, call.launch)
-    else:
-        dk, of_keys = gpu_gradients.key_gradient(s, q, k, v, do, dS_NBHKV, gates, call.launch)
-    dg = None if g is None else call.gate_gradient(of_queries, of_keys).astype(g.dtype)
+    end, dS_NBHKV, dv = walk(w, q_in, do, k_out, gates, X, starts, call.launch)
+    dq, dk, dg = call.gradients(q, k, u, do, dv, S_NBHKV, dS_NBHKV, g, gates)
     dbeta = call.strength_gradient(u, dv, beta_BTH).astype(beta_BTH.dtype) if call.delta else None
     dq, dk = (x[:, : call.T, :, : call.K] for x in (dq, dk))
     return dq, dk, dv[:, : call.T, :, : call.V], dg, dbeta, end[0][..., : call.K, : call.V]
@@ -108,7 +98,8 @@ class _Call:
         self.B, self.T, self.H, self.V = v_BTHV.shape
         self.G, self.K = k_BTGK.shape[2:]
         self.Kp, self.Vp = (-(-width // COLUMNS) * COLUMNS for width in (self.K, self.V))
-        self.gated, self.delta, self.scale = g is not None, beta_BTH is not None, scale
+        self.channels = g is not None and g.ndim == 4
+        self.gated, self.delta, self.scale = g is not None and not self.channels, beta_BTH is not None, scale
         self.per_state = -(-interval // C)
         chunks = -(-self.T // C)
         if parts is None:
@@ -121,9 +112,11 @@ class _Call:
         self.launch = functools.partial(launch, interpret=interpret)
 
     def walk(self, **options):
-        sizes = dict(B=self.B, H=self.H, G=self.G, K=self.Kp, V=self.Vp, parts=self.parts, chunks=self.of_part)
+        G = self.H if self.channels else self.G
+        sizes = dict(B=self.B, H=self.H, G=G, K=self.Kp, V=self.Vp, parts=self.parts, chunks=self.of_part)
         static: dict[str, Any] = dict(
             gated=self.gated,
+            prepared=self.channels,
             delta=self.delta,
             scale=self.scale,
             reverse=False,
@@ -160,7 +153,7 @@ class _Call:
         """
         if g_BTH is None:
             return None
-        bits = self._of_chunks(jnp.maximum(g_BTH.astype(jnp.float32), _ERASE) * LOG2_E)
+        bits = self._of_chunks(jnp.maximum(g_BTH.astype(jnp.float32), ERASE) * LOG2_E)
         parts = jnp.round(bits * 256) / 256
         coarse, fine = jnp.cumsum(parts, axis=-1), jnp.cumsum(bits - parts, axis=-1)
         start = jnp.exp2(coarse + fine)
@@ -168,9 +161,20 @@ class _Call:
         across = jnp.broadcast_to(start[..., -1:], start.shape)
         return jnp.stack([coarse, fine, start, end, across], axis=-2)
 
-    def solve(self, k, beta_BTH, gates):
-        """What the delta rule's walks and gradients take from inside every chunk, or None."""
-        return None if beta_BTH is None else inverse(k, self._of_chunks(_seen(beta_BTH)), gates, self.launch)
+    def channel_gates(self, g_BTHK):
+        return self._pad(g_BTHK.astype(jnp.float32), self.Kp)
+
+    def inside(self, q, k, g, beta_BTH):
+        """(q, k, gates, what comes from inside every chunk: the delta rule's solve, or prepared pairs, or None), as walks take
+        them."""
+        if self.channels:
+            return gpu_channel_gates.prepare(self.sizes(), q, k, self.channel_gates(g), self.launch)
+        gates = self.gates(g)
+        X = inverse(k, self._of_chunks(_seen(beta_BTH)), gates, self.launch) if self.delta else None
+        return q, k, gates, X
+
+    def sizes(self):
+        return gpu_gradients.Gradients(self.B, self.H, self.G, self.Kp, self.Vp, self.chunks, self.gated, self.scale)
 
     def starts(self, x, y, r, gates, X, first_BHKV, reverse):
         """The state before every part, [parts, B, H, K, V]; in reverse, after every part."""
@@ -191,6 +195,9 @@ class _Call:
             spans = gates[..., 0, -1] + gates[..., 1, -1]
             spans = jnp.sum(spans.reshape(self.B, self.H, self.parts, self.of_part), axis=-1)
             across = jnp.moveaxis(jnp.exp2(spans), 2, 0)[..., None, None]
+        if self.channels:
+            decays = jnp.prod(gates.reshape(self.B, self.H, self.parts, self.of_part, self.Kp), axis=3)
+            across = jnp.moveaxis(decays, 2, 0)[..., None]
 
         def body(S_BHKV, part):
             across, end_BHKV = part
@@ -211,6 +218,20 @@ class _Call:
         w = self.walk(keep=1, kept_dtype=jnp.bfloat16, out=self.delta, **sizes)
         _, kept, u = walk(w, k, v, None, gates, X, saved_NBHKV, self.launch)
         return kept, u if self.delta else v
+
+    def gradients(self, q, k, u, do, dv, S_NBHKV, dS_NBHKV, g, gates):
+        """(dq, dk of whole blocks, dg or None); ``u`` is what was written."""
+        s = self.sizes()
+        if self.channels:
+            of_chunks = gpu_channel_gates.between_chunks(s, u, do, S_NBHKV, dS_NBHKV, gates, self.launch)
+            dq, dk, dg = gpu_channel_gates.within_chunks(s, q, k, self.channel_gates(g), of_chunks, self.launch)
+            return dq, dk, dg[:, : self.T, :, : self.K].astype(g.dtype)
+        dq, of_queries = gpu_gradients.query_gradient(s, q, k, u, do, S_NBHKV, dS_NBHKV, gates, self.launch)
+        if self.delta:
+            dk, of_keys = gpu_delta.key_gradient(s, q, k, u, do, dv, S_NBHKV, dS_NBHKV, gates, self.launch)
+        else:
+            dk, of_keys = gpu_gradients.key_gradient(s, q, k, u, do, dS_NBHKV, gates, self.launch)
+        return dq, dk, None if g is None else self.gate_gradient(of_queries, of_keys).astype(g.dtype)
 
     def strength_gradient(self, u, dv, beta_BTH):
         """[B, T, H]: a token writes u = β e and its value's cotangent is dv = β de, so dβ = ⟨e, de⟩."""

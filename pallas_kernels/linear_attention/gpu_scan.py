@@ -1,6 +1,7 @@
 """The state's walk over chunks on GPU, forward or back, with the outputs of forward read on the way (Mosaic GPU, Hopper).
 
-One walk serves additive writes and the delta rule, whose solve inside every chunk is another block that comes with it.
+One walk serves additive writes and the delta rule, whose solve inside every chunk is another block that comes with it, and
+gates of a token and channel, whose pairs inside every chunk are that block.
 
 A thread block is one warpgroup: 64 value columns of one head, over one part of the sequence. The state [K, 64] stays in
 registers from chunk to chunk; chunks arrive by asynchronous copies, two in flight.
@@ -21,6 +22,9 @@ C = 64  # tokens a chunk: the rows of a wgmma
 COLUMNS = 64  # value columns a thread block: a state of [128, 64] is what registers hold without spilling
 # Rows of the gates' array.
 COARSE, FINE, START, END, ACROSS = range(5)
+LOG2_E = 1.4426950408889634
+# e^−200 is 0 in float32 and so is every product with it: a stronger gate erases no more.
+ERASE = -200.0
 
 
 class Walk(NamedTuple):
@@ -34,6 +38,7 @@ class Walk(NamedTuple):
     parts: int
     chunks: int  # of a part
     gated: bool
+    prepared: bool  # gates of a token and channel: x and r have their decays already (and a head each, G = H)
     delta: bool
     reverse: bool
     keep: int
@@ -117,11 +122,12 @@ def walk_kernel(
     r_smem: Any = None,
     u_smem: Any = None,
 ):
-    """x, y, [r], [gates], [X], start → end, [kept], [o]: S ← Z S + xᵀ (f ⊙ y), chunk after chunk, and before it
+    """x, y, [r], [gates], [X or P], start → end, [kept], [o]: S ← Z S + xᵀ (f ⊙ y), chunk after chunk, and before it
     o = e ⊙ (r S) + P y.
 
     Forward, (x, y, r, o) is (k, v, q, o): P is q kᵀ ⊙ E, f fades to the chunk's end and e from its start. In reverse it is
-    (q, do, k, dv): P is k qᵀ ⊙ Eᵀ, and f and e change places. A scale goes to outputs, or to what do writes.
+    (q, do, k, dv): P is k qᵀ ⊙ Eᵀ, and f and e change places. A scale goes to outputs, or to what do writes. Prepared, f and
+    e are 1, forward's P is given, and the gates are Z: one decay a channel.
 
     By the delta rule, with X = (I + A)⁻¹ diag(β): forward, u = X (v − e ⊙ (k S)) takes the place of v, and is the output where
     there is no r. In reverse what was o is du; dv = Xᵀ du is the output, and S gains −kᵀ (f ⊙ dv).
@@ -131,7 +137,9 @@ def walk_kernel(
     def take(wanted: Any = True) -> Any:
         return given.pop(0) if wanted else None
 
-    x_gmem, y_gmem, r_gmem, gates_gmem, X_gmem = take(), take(), take(w.read), take(w.gated), take(w.delta)
+    x_gmem, y_gmem, r_gmem = take(), take(), take(w.read)
+    decayed, inside = w.gated or w.prepared, w.delta or (w.prepared and w.read)
+    gates_gmem, X_gmem = take(decayed), take(inside)
     start_gmem, end_gmem, kept_gmem, o_gmem = take(), take(), take(w.keep), take(w.out)
 
     blocks = w.V // COLUMNS
@@ -148,8 +156,9 @@ def walk_kernel(
         x, y, *more = blocks_smem[:-1]
         S: Any = blocks_smem[-1]
         r: Any = more.pop(0) if w.read else None
-        gates: Any = more.pop(0) if w.gated else None
-        X: Any = more.pop(0) if w.delta else None
+        gates: Any = more.pop(0) if decayed else None
+        X: Any = more.pop(0) if inside else None
+        P: Any = P_smem if not w.prepared else transposed(X) if w.reverse and w.read else X
         n = chunk_of(indices[0])
         if w.keep:
 
@@ -167,7 +176,7 @@ def walk_kernel(
 
         if w.read or w.delta:
             put(S_smem, S)
-        if w.read:
+        if w.read and not w.prepared:
             put(P_smem, product(r, transposed(x)) * decays(gates, w.reverse))
         o: Any = None
         if w.delta and not w.reverse:
@@ -182,11 +191,16 @@ def walk_kernel(
             faded = fade(as_float(y) if o is None else o, to)
             put(y_smem, faded * w.scale if w.reverse else faded)
             writes = [(transposed(x), y_smem)]
+        # Whatever of a chunk goes to registers is there before a commit: behind the last, the copy of a later one may begin.
+        if w.gated:
+            S = S * gates[ACROSS, 0]
+        if w.prepared:
+            S = S * along_rows(plgpu.load(gates, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), COLUMNS)
         plgpu.commit_smem()
         if w.read:
             # The state's cotangent has its scale.
             o = product(r, S_smem) if w.reverse else product(r, S_smem) * w.scale
-            o = fade(o, since) + product(P_smem, y) * w.scale
+            o = fade(o, since) + product(P, y) * w.scale
         if w.delta and w.reverse:
             put(r_smem, o)
             plgpu.commit_smem()
@@ -199,8 +213,6 @@ def walk_kernel(
             put(o_smem, o)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem, o_gmem.at[b, pl.ds(n * C, C), h, columns])
-        if w.gated:
-            S = S * gates[ACROSS, 0]
         return S + product(*writes[0], *writes[1:])
 
     spec = functools.partial(plgpu.BlockSpec, transforms=tiles())
@@ -212,8 +224,11 @@ def walk_kernel(
         inputs.append(r_gmem)
     if w.gated:
         in_specs.append(plgpu.BlockSpec((None, None, None, 5, C), lambda c: (b, h, chunk_of(c), 0, 0)))
+    if w.prepared:
+        in_specs.append(plgpu.BlockSpec((None, None, None, w.K), lambda c: (b, h, chunk_of(c), 0)))
+    if decayed:
         inputs.append(gates_gmem)
-    if w.delta:
+    if inside:
         in_specs.append(spec((None, None, None, C, C), lambda c: (b, h, chunk_of(c), 0, 0)))
         inputs.append(X_gmem)
     start = plgpu.load(start_gmem.at[part, b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -228,9 +243,11 @@ def walk_kernel(
 
 
 def walk(w: Walk, x, y, r, gates, X, start_RBHKV, launch) -> tuple[Any, Any, Any]:
-    """(end_RBHKV float32, kept [N / keep, B, H, K, V] or None, o or None) of one launch."""
+    """``gates``: [B, H, N, 5, C], or [B, H, N, K] across every chunk; ``X`` [B, H, N, C, C]: the delta rule's solve, or P.
+    (end_RBHKV float32, kept [N / keep, B, H, K, V] or None, o or None) of one launch."""
     tokens = w.parts * w.chunks * C
-    given = ((x, True), (y, True), (r, w.read), (gates, w.gated), (X, w.delta), (start_RBHKV, True))
+    decayed, inside = w.gated or w.prepared, w.delta or (w.prepared and w.read)
+    given = ((x, True), (y, True), (r, w.read), (gates, decayed), (X, inside), (start_RBHKV, True))
     inputs = [array for array, wanted in given if wanted]
     outputs = [jax.ShapeDtypeStruct((w.parts, w.B, w.H, w.K, w.V), jnp.float32)]
     square = plgpu.SMEM((C, COLUMNS), jnp.bfloat16, transforms=tiles())
@@ -242,7 +259,7 @@ def walk(w: Walk, x, y, r, gates, X, start_RBHKV, launch) -> tuple[Any, Any, Any
         scratch["o_smem"] = square
     if w.read or w.delta:
         scratch["S_smem"] = plgpu.SMEM((w.K, COLUMNS), jnp.bfloat16, transforms=tiles())
-    if w.read:
+    if w.read and not w.prepared:
         scratch["P_smem"] = square
     if w.gated or w.reverse:
         scratch["y_smem"] = square

@@ -36,13 +36,14 @@ def low(x, cotangents):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n != "mamba2" else []) for n in (*ADDITIVE, "gated_deltanet")]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n != "mamba2" else []) for n in (*ADDITIVE, "gla", "gated_deltanet")],
 )
 def test_packed_rows_match_the_oracle(name):
     """Grouped heads, K ≠ V, two chunks, an initial state, NaN in the padding, gates up to −inf."""
-    width = (40, 24) if MECHANISMS[name][1] else (8, 6)
+    width = (8, 6) if name in ADDITIVE else (40, 24)
     x, cotangents = make(0, 3, 70, 1, 2, *width, *MECHANISMS[name])
-    if MECHANISMS[name][0] == "token":
+    if MECHANISMS[name][0] in ("token", "channel"):
         gates = np.float32([0, -0.01, -1, -20, -1000, -np.inf])
         x["log_decay"] = np.random.default_rng(1).choice(
             gates, x["log_decay"].shape, p=[0.3, 0.3, 0.3, 0.04, 0.03, 0.03]
@@ -60,10 +61,12 @@ def test_packed_rows_match_the_oracle(name):
     assert not np.asarray(got[0])[ROWS == 0].any()
 
 
-def test_the_delta_rule_with_no_gates():
-    """Two chunks, the last one short."""
-    *x, wide, wide_cotangents = low(*make(0, 1, 70, 1, 1, 40, 24, *MECHANISMS["deltanet"]))
-    check(run(*x, implementation=KERNEL), expected(wide, wide_cotangents), bound=BOUNDS["delta"], absolute=2e-2)
+@pytest.mark.parametrize(("name", "T"), [("deltanet", 70), ("gla", 60)])
+def test_a_short_last_chunk(name, T):
+    """Two chunks by the delta rule with no gates; one, with a gate a token and channel."""
+    *x, wide, wide_cotangents = low(*make(0, 1, T, 1, 1, 40, 24, *MECHANISMS[name]))
+    bound = BOUNDS["delta" if MECHANISMS[name][1] else "additive"]
+    check(run(*x, implementation=KERNEL), expected(wide, wide_cotangents), bound=bound, absolute=2e-2)
 
 
 @pytest.mark.slow
@@ -82,7 +85,7 @@ def test_correlated_keys_with_strong_writes_and_with_hardly_any():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "T", "K", "V"),
-    [("mamba2", 150, 64, 64), ("mamba2", 300, 128, 70), ("gated_deltanet", 300, 128, 70)],
+    [("mamba2", 150, 64, 64), ("mamba2", 300, 128, 70), ("gated_deltanet", 300, 128, 70), ("gla", 300, 128, 24)],
 )
 def test_a_sequence_cut_into_parts(monkeypatch, name, T, K, V):
     """One head cannot fill a card: three parts of one chunk, or of two with a state between saved ones and K = 128."""
@@ -137,7 +140,11 @@ def test_the_spans_of_a_chunk_are_exact():
 def test_the_same_jaxpr_holds_the_kernels_of_both_platforms():
     """None chooses when the call is lowered: the GPU's kernels are there where they serve the call, and only there."""
     text = lambda x: str(jax.make_jaxpr(lambda x: run.__wrapped__(x, cotangents))(x))  # noqa: E731
-    for name, kernel in (("mamba2", "linear_attention_backward_keys"), ("gated_deltanet", "linear_attention_inverse")):
+    for name, kernel in (
+        ("mamba2", "linear_attention_backward_keys"),
+        ("gla", "linear_attention_backward_channels"),
+        ("gated_deltanet", "linear_attention_inverse"),
+    ):
         x, cotangents = make(0, 1, 70, 1, 2, 40, 6, *MECHANISMS[name])
         served = text({n: jnp.asarray(v, jnp.bfloat16) if n in "qkv" else v for n, v in x.items()})
         assert kernel in served and kernel not in text(x)
@@ -172,7 +179,9 @@ def test_what_the_kernel_refuses():
     refused("takes bfloat16, got float16 queries, float16 keys and bfloat16 values", x.astype(jnp.float16))
     refused("takes K up to 128, got K = 160", jnp.ones((1, 300, 1, 160), jnp.bfloat16))
     refused("chunks are 64 tokens, and states are saved every 32", beta=jnp.ones((1, 300, 1)))
-    refused("one a token and head, and log_decay has one a channel", log_decay=-jnp.ones((1, 300, 1, 4)))
+    refused("chunks are 64 tokens, and states are saved every 32", log_decay=-jnp.ones((1, 300, 1, 4)))
+    kda = dict(log_decay=-jnp.ones((1, 300, 1, 4)), beta=jnp.ones((1, 300, 1)))
+    refused("delta rule takes gates one a token and head, and log_decay has one a channel", **kda)
     refused("chunks are 64 tokens, got chunk_size=128", chunk_size=128)
     refused("chunks are 64 tokens, and states are saved every 16", chunk_size=16)
     token = jnp.ones((1, 1, 32))
