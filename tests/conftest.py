@@ -11,8 +11,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
-# A program started within a test may ask for JAX's cache on disk: jax 0.11.2 was once seen to crash while it wrote there from a
-# process that had compiled for half an hour.
+# A program called within a test asks for JAX's cache on disk: tests neither need it nor fill it.
 jax.config.update("jax_enable_compilation_cache", False)
 
 
