@@ -1,7 +1,5 @@
 """One token of everything between the projections of a Gated DeltaNet layer, for decoding: one kernel on TPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +7,9 @@ from pallas_kernels.linear_attention import tpu_mixer_step as tpu
 from research.axes import Array, Float
 from research.ops.causal_conv import causal_conv_step
 from research.ops.decays import step_size
-from research.ops.explicit_mesh import vary_alike
+from research.ops.fused_step import fused_step
 from research.ops.linear_attention import linear_attention_step
 from research.ops.norms import l2_norm, rms_norm
-
-IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_tpu_interpret")
 
 
 def gated_deltanet_step(
@@ -54,8 +50,6 @@ def gated_deltanet_step(
       ValueError: shapes that do not fit together, an unknown implementation.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
     H, K, V = state_BHKV.shape[1:]
     groups, rest = divmod(x_BN.shape[1] - H * V, 2 * K)
     if rest or groups < 1 or H % groups:
@@ -63,32 +57,7 @@ def gated_deltanet_step(
             f"x_BN must hold keys and queries of a number of heads that divides {H}, got {x_BN.shape[1]} channels"
         )
     arrays = (x_BN, gate_BM, strength_BH, decay_BH, tail_BWN, state_BHKV, w_WN, log_rate_H, dt_bias_H, norm_V)
-    return _step((implementation, eps, strongest), *vary_alike(arrays))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(plan, *arrays):
-    implementation, *options = plan
-    xla, kernel = (functools.partial(form, *options) for form in (_xla, _kernel))
-    if implementation == "xla":
-        return xla(*arrays)
-    why = tpu.refuses(arrays[0], arrays[5], arrays[6].shape[0])
-    if implementation is None:
-        return xla(*arrays) if why else jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
-    if why:
-        raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
-    return kernel(*arrays, interpret=implementation.endswith("interpret"))
-
-
-def _forward(plan, *arrays):
-    return _step(plan, *arrays), arrays
-
-
-def _backward(plan, arrays, cotangents):
-    return jax.vjp(functools.partial(_xla, *plan[1:]), *arrays)[1](cotangents)
-
-
-_step.defvjp(_forward, _backward)
+    return _step(implementation, (eps, strongest), *arrays)
 
 
 def _xla(
@@ -118,3 +87,10 @@ def _kernel(
     options = {"eps": eps, "scale": state_BHKV.shape[2] ** -0.5, "strength": strongest, "interpret": interpret}
     arrays = (x_BN, tail_BWN, state_BHKV, w_WN.astype(jnp.float32), gates_BRH, rates_RH, gate_BM)
     return tpu.step(*arrays, norm_V.astype(jnp.float32), **options)
+
+
+def _refuses(eps, strongest, x_BN, gate_BM, strength_BH, decay_BH, tail_BWN, state_BHKV, w_WN, *rest):
+    return tpu.refuses(x_BN, state_BHKV, w_WN.shape[0])
+
+
+_step = fused_step(_xla, _kernel, _refuses)

@@ -1,7 +1,5 @@
 """One token of everything between the projections of a Mamba-2 layer, for decoding: one kernel on TPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +7,9 @@ from pallas_kernels.linear_attention import tpu_mamba2_step as tpu
 from research.axes import Array, Float
 from research.ops.causal_conv import causal_conv_step
 from research.ops.decays import step_size
-from research.ops.explicit_mesh import vary_alike
+from research.ops.fused_step import fused_step
 from research.ops.linear_attention import linear_attention_step
 from research.ops.norms import rms_norm
-
-IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_tpu_interpret")
 
 
 def mamba2_step(
@@ -56,8 +52,6 @@ def mamba2_step(
       ValueError: shapes that do not fit together, an unknown implementation.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
     H, K, V = state_BHKV.shape[1:]
     groups, rest = divmod(x_BN.shape[1] - H * V, 2 * K)
     if rest or groups < 1 or H % groups:
@@ -69,38 +63,13 @@ def mamba2_step(
     arrays = (
         x_BN, gate_BM, dt_BH, tail_BWN, state_BHKV, w_WN, bias_N, log_rate_H, dt_bias_H, skip_H, norm_M,
     )  # fmt: skip
-    return _step((implementation, dt_limits, norm_groups, eps), *vary_alike(arrays))
+    return _step(implementation, (dt_limits, norm_groups, eps), *arrays)
 
 
 def skip_gate_norm(y, x, gate, skip_H, norm_M, *, norm_groups: int, eps: float):
     """``RMSNorm((y + skip · x) · silu(gate)) · norm`` in y's dtype: y and x [..., H, V], the gate and the result [..., H·V]."""
     y = (y + skip_H[:, None] * x).reshape(gate.shape) * jax.nn.silu(gate.astype(y.dtype))
     return rms_norm(y.reshape(*gate.shape[:-1], norm_groups, -1), eps=eps).reshape(gate.shape) * norm_M
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(plan, *arrays):
-    implementation, *options = plan
-    xla, kernel = (functools.partial(form, *options) for form in (_xla, _kernel))
-    if implementation == "xla":
-        return xla(*arrays)
-    why = tpu.refuses(arrays[0], arrays[4], arrays[5].shape[0], plan[2])
-    if implementation is None:
-        return xla(*arrays) if why else jax.lax.platform_dependent(*arrays, default=xla, tpu=kernel)
-    if why:
-        raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {why}")
-    return kernel(*arrays, interpret=implementation.endswith("interpret"))
-
-
-def _forward(plan, *arrays):
-    return _step(plan, *arrays), arrays
-
-
-def _backward(plan, arrays, cotangents):
-    return jax.vjp(functools.partial(_xla, *plan[1:]), *arrays)[1](cotangents)
-
-
-_step.defvjp(_forward, _backward)
 
 
 def _xla(
@@ -134,3 +103,10 @@ def _kernel(
     bias_N = jnp.zeros(x_BN.shape[1], w_WN.dtype) if bias_N is None else bias_N
     arrays = (x_BN, tail_BWN, state_BHKV, dt_BH, gate_BM, w_WN, bias_N, rates_RH, scales_RM)
     return tpu.step(*arrays, limits=dt_limits, norm_groups=norm_groups, eps=eps, interpret=interpret)
+
+
+def _refuses(dt_limits, norm_groups, eps, x_BN, gate_BM, dt_BH, tail_BWN, state_BHKV, w_WN, *rest):
+    return tpu.refuses(x_BN, state_BHKV, w_WN.shape[0], norm_groups)
+
+
+_step = fused_step(_xla, _kernel, _refuses)
