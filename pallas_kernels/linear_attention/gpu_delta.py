@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.hopper import tiles
-from pallas_kernels.linear_attention.gpu_gradients import Gradients, around, summed_pieces
+from pallas_kernels.linear_attention.gpu_gradients import Gradients, around, sum_over_heads, summed_pieces
 from pallas_kernels.linear_attention.gpu_scan import (
     COLUMNS,
     END,
@@ -82,24 +82,7 @@ def kernel(*refs: Any, s: Gradients, k_smem, q_smem, D_smem, y_smem, barrier, af
         if s.gated:
             out.at[2][...] = around(W * product(k_smem, transposed(k_smem)), D_smem, y_smem, after_smem)
 
-    head = lambda i: g * r + i // blocks  # noqa: E731
-    tiled = functools.partial(plgpu.BlockSpec, transforms=tiles())
-    values = tiled((None, C, None, COLUMNS), lambda i: (b, n, head(i), i % blocks))
-    states = tiled((None, None, None, COLUMNS, COLUMNS), lambda i: (n, b, head(i), part, i % blocks))
-    gates = plgpu.BlockSpec((None, None, None, 5, C), lambda i: (b, head(i), n, 0, 0))
-    specs = [values, values, values, states, states, *[gates] * s.gated]
-
-    def summed(total):
-        def body(indices, *streamed_smem):
-            add(total, indices[0], *streamed_smem)
-
-        plgpu.emit_pipeline(body, grid=(r * blocks,), in_specs=specs, max_concurrent_steps=2)(*streamed)
-        return total[...]
-
-    k_smem[...] = pl.run_scoped(summed, plgpu.ACC((C, COLUMNS), jnp.float32)).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(k_smem, dk.at[here])
-    plgpu.wait_smem_to_gmem(0)
+    sum_over_heads(s, add, streamed, 3, 2, k_smem, dk, here)
 
 
 def key_gradient(s: Gradients, q, k, u, do, dv, S_NBHKV, dS_NBHKV, gates, launch) -> tuple[Any, Any]:

@@ -108,12 +108,23 @@ def kernel(
         plgpu.wgmma(total, y_smem, transposed(state))
         plgpu.wgmma_wait(0)
 
+    sum_over_heads(s, add, streamed, 2, 1 + with_states, x_smem, dx, here)
+
+
+def sum_over_heads(s: Gradients, add, streamed, values: int, states: int, smem, dx, here):
+    """``dx`` at ``here`` is what ``add(total, i, ...)`` sums over the blocks i of a key head's value heads, 64 columns each.
+
+    ``streamed``: as many arrays of value columns and as many of states as told, and the gates, a block of each for every i.
+    """
+    n, b = jax.lax.axis_index("chunk"), jax.lax.axis_index("batch")
+    parts, blocks, r = s.K // COLUMNS, s.V // COLUMNS, s.H // s.G
+    g, part = jax.lax.axis_index("channels") // parts, jax.lax.axis_index("channels") % parts
     head = lambda i: g * r + i // blocks  # noqa: E731
     tiled = functools.partial(plgpu.BlockSpec, transforms=tiles())
-    values = tiled((None, C, None, COLUMNS), lambda i: (b, n, head(i), i % blocks))
-    states = tiled((None, None, None, COLUMNS, COLUMNS), lambda i: (n, b, head(i), part, i % blocks))
+    value = tiled((None, C, None, COLUMNS), lambda i: (b, n, head(i), i % blocks))
+    state = tiled((None, None, None, COLUMNS, COLUMNS), lambda i: (n, b, head(i), part, i % blocks))
     gates = plgpu.BlockSpec((None, None, None, 5, C), lambda i: (b, head(i), n, 0, 0))
-    specs = [values, values, states, *[states] * with_states, *[gates] * s.gated]
+    specs = [*[value] * values, *[state] * states, *[gates] * s.gated]
 
     def summed(total):
         def body(indices, *streamed_smem):
@@ -122,9 +133,9 @@ def kernel(
         plgpu.emit_pipeline(body, grid=(r * blocks,), in_specs=specs, max_concurrent_steps=2)(*streamed)
         return total[...]
 
-    x_smem[...] = pl.run_scoped(summed, plgpu.ACC((C, COLUMNS), jnp.float32)).astype(jnp.bfloat16)
+    smem[...] = pl.run_scoped(summed, plgpu.ACC((C, COLUMNS), jnp.float32)).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(x_smem, dx.at[here])
+    plgpu.copy_smem_to_gmem(smem, dx.at[here])
     plgpu.wait_smem_to_gmem(0)
 
 
