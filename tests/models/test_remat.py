@@ -45,6 +45,7 @@ def calls_on_tpu(**options) -> collections.Counter:
     return collections.Counter(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
 
 
+@pytest.mark.slow
 def test_kernels_run_once_where_their_results_are_kept():
     stored = calls_on_tpu()
     recomputed = calls_on_tpu(remat=True)
