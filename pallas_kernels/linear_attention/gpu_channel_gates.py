@@ -33,7 +33,7 @@ from pallas_kernels.linear_attention.gpu_scan import (
     as_float,
     lower,
     product,
-    top_bits,
+    split,
     transposed,
 )
 
@@ -68,12 +68,6 @@ class _Masks:
     def pairs(self):
         """i and j that the level serves."""
         return ((self.i ^ self.l) & -self.s) == self.s
-
-
-def _two_pieces(x, high_smem, low_smem):
-    high = top_bits(x)
-    high_smem[...] = high.astype(jnp.bfloat16)
-    low_smem[...] = (x - high).astype(jnp.bfloat16)
 
 
 def _factors(mask, span_smem, high_smem, low_smem):
@@ -118,7 +112,7 @@ def prepare_kernel(q, k, g, q_in, k_out, P, across, *, s: Gradients, g_smem, P_s
         plgpu.barrier_wait(barrier)
         bits = _bits(g_smem)
         across.at[b, h, n, channels][...] = jnp.exp2(jnp.sum(bits, axis=0))
-        _two_pieces(bits, *pieces)
+        split(bits, *pieces)
         since = _factors(lower(), span_smem, *pieces)
         _send(as_float(q_smem) * since, out_smem, q_in.at[b, tokens, h, channels])
         to = _factors(jnp.logical_not(lower()), span_smem, *pieces)
@@ -203,12 +197,12 @@ def within_kernel(
     ):
         plgpu.copy_gmem_to_smem(x, x_smem, barrier)
     plgpu.barrier_wait(barrier)
-    _two_pieces(_bits(g_smem), *pieces)
+    split(_bits(g_smem), *pieces)
 
     def gather(d, first=False):
         """To every gate of a span (its mask lies in ``span_smem``) the span's cotangent."""
         plgpu.commit_smem()
-        _two_pieces(d, Y_smem, D_smem)
+        split(d, Y_smem, D_smem)
         plgpu.commit_smem()
         of_gates = product(transposed(span_smem), Y_smem, (transposed(span_smem), D_smem))
         dg_smem[...] = of_gates if first else _load(dg_smem) + of_gates

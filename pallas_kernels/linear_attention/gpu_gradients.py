@@ -27,7 +27,7 @@ from pallas_kernels.linear_attention.gpu_scan import (
     lower,
     product,
     row,
-    top_bits,
+    split,
     transposed,
 )
 
@@ -49,9 +49,7 @@ class Gradients(NamedTuple):
 
 def around(pairs, high_smem, low_smem, after_smem):
     """For every token l the sum of pairs (i, j) with i ≥ l > j; ``after_smem`` holds ones above the diagonal."""
-    high = top_bits(pairs)
-    high_smem[...] = high.astype(jnp.bfloat16)
-    low_smem[...] = (pairs - high).astype(jnp.bfloat16)
+    split(pairs, high_smem, low_smem)
     plgpu.commit_smem()
     before = product(high_smem, after_smem, (low_smem, after_smem))
     return jnp.sum(jnp.where(lower(), before, 0.0), axis=0)

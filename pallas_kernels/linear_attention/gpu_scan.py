@@ -112,6 +112,13 @@ def top_bits(x):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def split(x, high_smem, low_smem):
+    """``x`` as a sum of two bfloat16."""
+    high = top_bits(x)
+    high_smem[...] = high.astype(jnp.bfloat16)
+    low_smem[...] = (x - high).astype(jnp.bfloat16)
+
+
 def walk_kernel(
     *refs: Any,
     w: Walk,

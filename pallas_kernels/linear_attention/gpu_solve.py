@@ -23,18 +23,11 @@ from pallas_kernels.linear_attention.gpu_scan import (
     as_float,
     decays,
     product,
-    top_bits,
+    split,
     transposed,
 )
 
 plgpu: Any = mosaic_gpu  # its types name neither what it exports nor what it takes
-
-
-def split(x, high_smem, low_smem):
-    """``x`` as a sum of two bfloat16."""
-    top = top_bits(x)
-    high_smem[...] = top.astype(jnp.bfloat16)
-    low_smem[...] = (x - top).astype(jnp.bfloat16)
 
 
 def invert(A, A_high, A_low, X_high, X_low, high, low):
